@@ -1,0 +1,180 @@
+"""One ended case as plain data: `Case` is what was asked for, `Record` what it gave; both with a JSON form."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = "dsa-bench/record@1"
+RUN_SCHEMA = "dsa-bench/run@1"
+
+PHASES = ("prefill", "decode")
+STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
+
+
+class SchemaError(ValueError):
+    """A file was written by a newer dsa-bench, or isn't one of its files."""
+
+
+def check_schema(text: object, expected: str) -> None:
+    """Raise SchemaError unless `text` is `expected` or an older number of the same schema."""
+    name, _, number = expected.rpartition("@")
+    found_name, _, found_number = str(text).rpartition("@")
+    if found_name != name or not found_number.isdigit():
+        raise SchemaError(f"schema must be {expected}, got {text!r} (is this a dsa-bench run folder?)")
+    if int(found_number) > int(number):
+        raise SchemaError(
+            f"written by schema {text}, this dsa-bench reads up to {expected} (upgrade dsa-bench)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One point of a sweep. Sizes are elements; `None` means that the operator has no such axis."""
+
+    op: str
+    impl: str | Mapping[str, str]
+    """Name of the implementation; for a composed operator stage -> name."""
+    phase: str
+    seq_len_kv: int
+    """L: prefill, the position at which the chunk of queries ends; decode, the context."""
+    seq_len_q: int
+    topk: int | None = None
+    precision: str = "bf16"
+    batch_size: int = 1
+    num_heads: int = 128
+    preset: str = "v3.2"
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        out = dataclasses.asdict(self)
+        if not isinstance(self.impl, str):
+            out["impl"] = dict(self.impl)
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Case":
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    @property
+    def key(self) -> str:
+        """Hash of the case; equal for equal cases, whatever the order of the fields."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def impl_label(self) -> str:
+        """`gluon`, or for a composition its parts, if they differ: `triton+gluon+gluon`."""
+        if isinstance(self.impl, str):
+            return self.impl
+        parts = tuple(self.impl.values())
+        return parts[0] if len(set(parts)) == 1 else "+".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Raw samples of one timing mode."""
+
+    mode: str
+    """`cold`: L2 flushed before each call; `warm`: not flushed; `graph`: CUDA-graph replay; `cpu`: host clock."""
+    seconds: tuple[float, ...]
+    """One sample a call, in the order taken."""
+    stop: str
+    """Why sampling ended: `settled`, `max_samples`, `max_seconds`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTime:
+    """One stage of a case, from the profiler pass (not from the timing pass)."""
+
+    name: str
+    impl: str
+    seconds: float
+    """Kernel time of the stage in one call of the case."""
+    flops: float
+    bytes_read: float
+    bytes_written: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelTime:
+    """All launches of one kernel in one call of the case, from the profiler pass."""
+
+    name: str
+    stage: str
+    calls: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUse:
+    """Bytes on the device. `workspace_bytes` = peak - inputs - outputs, measured."""
+
+    peak_bytes: int
+    input_bytes: int
+    output_bytes: int
+    workspace_bytes: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What one case gave: one line of `records.jsonl`. Derived figures belong to the report."""
+
+    case: Case
+    status: str
+    reason: str = ""
+    time: Timing | None = None
+    stages: tuple[StageTime, ...] = ()
+    kernels: tuple[KernelTime, ...] = ()
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """`flops`, `bytes_read`, `bytes_written` of one call, counted on valid entries."""
+    memory: MemoryUse | None = None
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    """`checks` (see dsa_bench.accuracy.Check), `rows_checked`, `rows`; `dense_error` where it was taken."""
+    flags: tuple[str, ...] = ()
+    """Named reasons for doubt."""
+    reproduce: str = ""
+    """The command for this one case."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that this version does not know, kept as they were read."""
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"schema": SCHEMA, "key": self.case.key, "case": self.case.to_json()}
+        for f in dataclasses.fields(self):
+            if f.name not in ("case", "extra"):
+                out[f.name] = _plain(getattr(self, f.name))
+        return out | dict(self.extra)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Record":
+        check_schema(data.get("schema"), SCHEMA)
+        known = {f.name for f in dataclasses.fields(cls)} | {"schema", "key"}
+        time, memory = data.get("time"), data.get("memory")
+        return cls(
+            case=Case.from_json(data["case"]),
+            status=data["status"],
+            reason=data.get("reason", ""),
+            time=Timing(**{**time, "seconds": tuple(time["seconds"])}) if time else None,
+            stages=tuple(StageTime(**s) for s in data.get("stages", ())),
+            kernels=tuple(KernelTime(**k) for k in data.get("kernels", ())),
+            cost=data.get("cost", {}),
+            memory=MemoryUse(**memory) if memory else None,
+            gate=data.get("gate", {}),
+            flags=tuple(data.get("flags", ())),
+            reproduce=data.get("reproduce", ""),
+            extra={k: v for k, v in data.items() if k not in known},
+        )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value
