@@ -1,0 +1,112 @@
+"""Merging the splits of one attention row by their log-sums: shared by the decode kernels.
+
+    w_i = 2^(lse_i - max lse)      out = Σ w_i · out_i / Σ w_i      lse = ln 2 · (max lse + log2 Σ w_i)
+
+Splits hold normalised outputs (fp32) and log2 sums, -inf for a split without a key. A row whose
+splits are all empty: out 0, lse +inf.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsa_bench.kernels.compile_case import CompileCase
+
+MAX_SPLITS = 64
+TILE_ELEMENTS = 8192
+"""fp32 partial results that one program holds: 64 registers a thread of 4 warps."""
+
+
+@triton.jit
+def _combine_splits_kernel(
+    partial_out_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, num_rows, num_heads, num_splits,
+    HAS_SINK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_D columns of one row (a head of a query)."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_split = tl.arange(0, BLOCK_SPLITS)
+    exists = offs_split < num_splits
+    offs_row = offs_split.to(tl.int64) * num_rows + row
+    lse = tl.load(partial_lse_ptr + offs_row, mask=exists, other=-float("inf"))
+    largest = tl.max(lse, 0)
+    # of two infinities the difference is NaN
+    largest = tl.where(largest == -float("inf"), 0.0, largest)
+    weight = tl.exp2(lse - largest)
+    total = tl.sum(weight, 0)
+    is_empty = total == 0
+    used = exists & (weight > 0)
+    # [BLOCK_SPLITS, BLOCK_D]
+    offs_part = offs_row[:, None] * HEAD_DIM_V + offs_d[None, :]
+    parts = tl.load(partial_out_ptr + offs_part, mask=used[:, None], other=0.0)
+    denominator = total
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + row % num_heads)
+        denominator += tl.exp2(sink * 1.4426950408889634 - largest)
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(is_empty, 1.0, denominator)
+    tl.store(out_ptr + row * HEAD_DIM_V + offs_d, out.to(out_ptr.dtype.element_ty))
+    if tl.program_id(1) == 0:
+        natural = (largest + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_ptr + row, tl.where(is_empty, float("inf"), natural))
+
+
+def choose_tile(num_splits: int, head_dim_v: int) -> tuple[int, int]:
+    """(BLOCK_SPLITS, BLOCK_D): all splits, and as many columns as the tile has room for."""
+    if not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits must be 1 … {MAX_SPLITS}, got {num_splits}")
+    block_splits = triton.next_power_of_2(num_splits)
+    return block_splits, min(head_dim_v, TILE_ELEMENTS // block_splits)
+
+
+def combine_splits(
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    num_splits: int,
+    attn_sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge into `out` and `lse`.
+
+    Args:
+        partial_out, partial_lse: [num_splits, rows, head_dim_v] and [num_splits, rows] fp32, the
+            latter in log2 units; contiguous, and so are out and lse.
+        num_splits: 1 … MAX_SPLITS.
+        attn_sink: [num_heads] fp32 or None.
+        out, lse: [..., num_heads, head_dim_v] bf16 and [..., num_heads] fp32, of `rows` rows.
+    """
+    num_rows, num_heads = lse.numel(), lse.shape[-1]
+    head_dim_v = out.shape[-1]
+    block_splits, block_d = choose_tile(num_splits, head_dim_v)
+    _combine_splits_kernel[(num_rows, head_dim_v // block_d)](
+        partial_out, partial_lse, attn_sink if attn_sink is not None else partial_lse, out, lse,
+        num_rows, num_heads, num_splits,
+        HAS_SINK=attn_sink is not None, HEAD_DIM_V=head_dim_v, BLOCK_SPLITS=block_splits,
+        BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    signature = {
+        "partial_out_ptr": "*fp32:16", "partial_lse_ptr": "*fp32:16", "sink_ptr": "*fp32:16",
+        "out_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "num_rows": "i32:16", "num_heads": "i32:16",
+        "num_splits": "i32",
+    }  # fmt: skip
+    cases = []
+    for num_splits, has_sink in ((16, True), (MAX_SPLITS, False)):
+        block_splits, block_d = choose_tile(num_splits, 512)
+        constexprs = {
+            "HAS_SINK": has_sink, "HEAD_DIM_V": 512, "BLOCK_SPLITS": block_splits,
+            "BLOCK_D": block_d,
+        }  # fmt: skip
+        cases.append(
+            CompileCase(
+                name=f"combine_splits[{num_splits}]",
+                kernel=_combine_splits_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                options={"num_warps": 4},
+            )
+        )
+    return cases

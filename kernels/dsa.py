@@ -1,0 +1,356 @@
+"""DeepSeek Sparse Attention, whole: lightning indexer, top-k selector, multi-query attention over the selection.
+
+    prefill:  indexer → topk → sparse_prefill          a chunk of seq_len_q queries that ends at position L
+    decode:   paged_indexer → topk → page_slots → sparse_decode      seq_len_q new tokens of batch_size sequences
+
+Each stage is an operator of its own; an implementation of `dsa` names one implementation for each stage.
+
+Shapes (prefill; decode has [batch_size, seq_len_q, …] and paged caches):
+    out           [seq_len_q, num_heads, 512]  bf16
+    lse           [seq_len_q, num_heads]       fp32   natural logarithm, over the selected keys
+    topk_indices  [seq_len_q, topk]            int32  positions in the sequence, -1 = none
+
+Conventions: precision `fp8` means indexer and decode caches in fp8, as V3.2 is deployed, with sparse prefill in bf16;
+`bf16` means bf16 throughout. Nothing of size L × L is held: in prefill the logits are made and consumed in chunks of
+queries of at most `workspace_bytes`.
+
+Source: DeepSeek-V3.2 report, section 2.1; chunking of the logits as in vLLM and SGLang.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from dsa_bench.accuracy import Check, compare_tensors
+from dsa_bench.kernels import indexer, page_slots, paged_indexer, sparse_decode, sparse_prefill, topk
+from dsa_bench.kernels.attention import (
+    DECODE_LSE_TOLERANCE,
+    DECODE_OUT_TOLERANCE,
+    attend,
+)
+from dsa_bench.kernels.dsa_inputs import (
+    DsaDecodeInputs,
+    DsaPrefillInputs,
+    make_decode_inputs,
+    make_prefill_inputs,
+)
+from dsa_bench.kernels.paging import HEAD_DIM_V, unpack_mla_rows
+from dsa_bench.operator import Cost, Implementation, Memory, Operator, Run, Unsupported
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
+
+STAGES = {
+    "prefill": ("indexer", "topk", "sparse_prefill"),
+    "decode": ("paged_indexer", "topk", "page_slots", "sparse_decode"),
+}
+STAGE_OPERATORS = {
+    module.OPERATOR.name: module.OPERATOR
+    for module in (indexer, topk, sparse_prefill, paged_indexer, page_slots, sparse_decode)
+}
+WORKSPACE_BYTES = 512 * 2**20
+DENSE_ERROR_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DsaShape:
+    """The integers of both phases; `batch_size` is 1 in prefill."""
+
+    phase: str
+    seq_len_kv: int
+    seq_len_q: int
+    topk: int = 2048
+    precision: str = "fp8"
+    batch_size: int = 1
+    num_heads: int = 128
+    preset: Preset
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def __post_init__(self) -> None:
+        self.stage_shapes()
+
+    def stage_shapes(self) -> dict[str, Any]:
+        """Stage -> its shape; raises Unsupported where one of the stages would."""
+        if self.phase == "prefill":
+            return {
+                "indexer": indexer.IndexerShape(
+                    seq_len_q=self.seq_len_q,
+                    seq_len_kv=self.seq_len_kv,
+                    index_heads=self.preset.index_heads,
+                    index_dim=self.preset.index_dim,
+                    precision=self.precision,
+                ),
+                "topk": topk.shape_of(self.case, self.preset),
+                "sparse_prefill": sparse_prefill.SparsePrefillShape(
+                    seq_len_q=self.seq_len_q,
+                    seq_len_kv=self.seq_len_kv,
+                    topk=self.topk,
+                    num_heads=self.num_heads,
+                    head_dim_qk=self.preset.head_dim_qk,
+                    head_dim_v=self.preset.head_dim_v,
+                    sm_scale=self.preset.sm_scale,
+                ),
+            }
+        return {name: STAGE_OPERATORS[name].shape(self.case, self.preset) for name in STAGES["decode"]}
+
+    @property
+    def case(self) -> Case:
+        return Case(
+            op="dsa",
+            impl="reference",
+            phase=self.phase,
+            seq_len_kv=self.seq_len_kv,
+            seq_len_q=self.seq_len_q,
+            topk=self.topk,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            num_heads=self.num_heads,
+        )
+
+
+class DsaOutputs(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    topk_indices: Tensor
+
+
+def make_inputs(
+    shape: DsaShape, *, seed: int, device: torch.device | str
+) -> DsaPrefillInputs | DsaDecodeInputs:
+    """Inputs in which indexer and attention look for the same keys (see `dsa_inputs.py`)."""
+    stages = shape.stage_shapes()
+    if shape.phase == "prefill":
+        return make_prefill_inputs(
+            stages["indexer"],
+            stages["sparse_prefill"],
+            seed=seed,
+            device=device,
+            workspace_bytes=shape.workspace_bytes,
+        )
+    return make_decode_inputs(
+        stages["paged_indexer"], stages["sparse_decode"], seed=seed, device=device
+    )
+
+
+def compose(phase: str, stages: Mapping[str, Implementation]) -> Run:
+    """The stages one after the other; each is marked `stage:<name>` for the profiler."""
+    if phase == "prefill":
+        return lambda inputs: run_prefill(inputs, stages)
+    return lambda inputs: run_decode(inputs, stages)
+
+
+def query_chunks(inputs: DsaPrefillInputs) -> list[slice]:
+    """Cut the queries so that their fp32 logits over all keys fit into the workspace."""
+    num_queries, num_keys = inputs.q.shape[0], inputs.kv.shape[0]
+    size = max(1, inputs.workspace_bytes // (4 * num_keys))
+    return [slice(i, min(i + size, num_queries)) for i in range(0, num_queries, size)]
+
+
+def run_prefill(inputs: DsaPrefillInputs, stages: Mapping[str, Implementation]) -> DsaOutputs:
+    selected = []
+    for part in query_chunks(inputs):
+        with record_function("stage:indexer"):
+            (logits,) = stages["indexer"].run(inputs.indexer_inputs(part))
+        with record_function("stage:topk"):
+            start, end = inputs.kv_start[part], inputs.kv_end[part]
+            (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, inputs.topk))
+        selected.append(indices)
+    with record_function("stage:topk"):
+        topk_indices = selected[0] if len(selected) == 1 else torch.cat(selected)
+    with record_function("stage:sparse_prefill"):
+        out = stages["sparse_prefill"].run(inputs.attention_inputs(topk_indices))
+    return DsaOutputs(out.out, out.lse, topk_indices)
+
+
+def run_decode(inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]) -> DsaOutputs:
+    with record_function("stage:paged_indexer"):
+        (logits,) = stages["paged_indexer"].run(inputs.indexer_inputs())
+    with record_function("stage:topk"):
+        rows = logits.flatten(0, 1)
+        (indices,) = stages["topk"].run(
+            topk.TopkInputs(rows, inputs.no_start, inputs.seq_lens.flatten(), inputs.topk)
+        )
+        indices = indices.view(*logits.shape[:2], inputs.topk)
+    with record_function("stage:page_slots"):
+        (slots,) = stages["page_slots"].run(
+            page_slots.PageSlotsInputs(indices, inputs.block_table, inputs.page_size)
+        )
+    with record_function("stage:sparse_decode"):
+        out = stages["sparse_decode"].run(inputs.attention_inputs(slots))
+    return DsaOutputs(out.out, out.lse, indices)
+
+
+def reference_stages(phase: str) -> dict[str, Implementation]:
+    """Every stage by its reference."""
+    return {
+        name: Implementation(name="reference", run=STAGE_OPERATORS[name].reference)
+        for name in STAGES[phase]
+    }
+
+
+def reference(
+    inputs: DsaPrefillInputs | DsaDecodeInputs, *, rows: Tensor | None = None
+) -> DsaOutputs:
+    """The composition of the stages' references."""
+    inputs = inputs if rows is None else inputs.select(rows)
+    if isinstance(inputs, DsaPrefillInputs):
+        return run_prefill(inputs, reference_stages("prefill"))
+    return run_decode(inputs, reference_stages("decode"))
+
+
+def check(
+    inputs: DsaPrefillInputs | DsaDecodeInputs,
+    outputs: DsaOutputs,
+    *,
+    rows: Tensor | None = None,
+) -> tuple[Check, ...]:
+    """The selection against the reference's logits, and attention over the selection that was made.
+
+    Logits that differ by rounding may swap keys at the boundary, after which `out` differs by more than rounding;
+    so `out` is compared with the reference on the *actual* selection, and a key may be taken or left only if its
+    reference logit lies within rounding of the k-th largest.
+    """
+    if rows is not None:
+        inputs, outputs = inputs.select(rows), DsaOutputs(*(x[rows] for x in outputs))
+    if isinstance(inputs, DsaPrefillInputs):
+        logits = indexer.reference(inputs.indexer_inputs(slice(None))).index_logits
+        attended = sparse_prefill.reference(inputs.attention_inputs(outputs.topk_indices))
+    else:
+        logits = paged_indexer.reference(inputs.indexer_inputs()).index_logits.flatten(0, 1)
+        slots = page_slots.reference(
+            page_slots.PageSlotsInputs(outputs.topk_indices, inputs.block_table, inputs.page_size)
+        ).topk_slots
+        attended = sparse_decode.reference(inputs.attention_inputs(slots))
+    return (
+        check_selection(logits, outputs.topk_indices.flatten(0, -2)),
+        compare_tensors("out", outputs.out, attended.out, DECODE_OUT_TOLERANCE),
+        compare_tensors("lse", outputs.lse, attended.lse, DECODE_LSE_TOLERANCE),
+    )
+
+
+def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
+    """Every key clearly above the k-th largest logit is selected, none clearly below; no repetition, no stray -1.
+
+    Args:
+        logits: [rows, keys] reference logits, -inf where not visible.
+        topk_indices: [rows, topk] positions; -1 allowed where fewer than topk keys are visible.
+    """
+    topk_size = topk_indices.shape[1]
+    seen = logits > float("-inf")
+    tolerance = 2 * indexer.logits_tolerance(logits, seen).abs
+    safe = topk_indices.long().clamp(0, logits.shape[1] - 1)
+    valid = (topk_indices == safe) & seen.gather(1, safe)
+    taken = torch.zeros_like(logits, dtype=torch.int32)
+    taken.scatter_add_(1, safe, valid.to(torch.int32))
+    num_wanted = seen.sum(1).clamp(max=topk_size)
+    best = logits.topk(min(topk_size, logits.shape[1]), dim=1).values
+    last = (num_wanted - 1).clamp(min=0)[:, None]
+    threshold = best.gather(1, last)
+    figures = {
+        "repeated": float((taken > 1).sum().item()),
+        "wrong_count": float((valid.sum(1) != num_wanted).sum().item()),
+        "missed": float(((taken == 0) & seen & (logits > threshold + tolerance)).sum().item()),
+        "too_low": float(((taken > 0) & (logits < threshold - tolerance)).sum().item()),
+    }
+    return Check(
+        name="topk_indices",
+        passed=not any(figures.values()),
+        figures=figures,
+        limits=dict.fromkeys(figures, 0.0),
+    )
+
+
+def figures(
+    inputs: DsaPrefillInputs | DsaDecodeInputs, outputs: DsaOutputs, *, rows: Tensor | None = None
+) -> dict[str, Any]:
+    """How far the result is from dense attention over all visible keys, on a few rows; a figure, no criterion.
+
+    `relative_l2` = ‖out - dense‖ / ‖dense‖; `mass_kept` = mean share of the dense softmax on the selected keys.
+    """
+    if rows is not None:
+        rows = rows[:DENSE_ERROR_ROWS]
+        inputs, outputs = inputs.select(rows), DsaOutputs(*(x[rows] for x in outputs))
+    dense = [attend_densely(inputs, i) for i in range(outputs.out.shape[0])]
+    out = torch.stack([row.out for row in dense]).view_as(outputs.out)
+    lse = torch.stack([row.lse for row in dense]).view_as(outputs.lse)
+    difference = (outputs.out.float() - out).norm() / out.norm()
+    kept = torch.exp(outputs.lse - lse).clamp(max=1.0).mean()
+    return {"dense_error": {"relative_l2": difference.item(), "mass_kept": kept.item()}}
+
+
+def attend_densely(inputs: DsaPrefillInputs | DsaDecodeInputs, row: int) -> Any:
+    """Attention of one row of the outputs over every key that it sees."""
+    if isinstance(inputs, DsaPrefillInputs):
+        q, keys = inputs.q[row : row + 1], inputs.kv
+        lens = inputs.kv_end[row : row + 1]
+    else:
+        q, lens = inputs.q[row], inputs.seq_lens[row]
+        keys = unpack_mla_rows(inputs.kv_cache[inputs.block_table[row].long()]).flatten(0, 1)
+    valid = torch.arange(keys.shape[0], device=q.device) < lens[:, None]
+    parts = [
+        attend(q[j : j + 1], keys[None], valid[j : j + 1], inputs.sm_scale, HEAD_DIM_V, None)
+        for j in range(q.shape[0])
+    ]
+    return type(parts[0])(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def cost(shape: DsaShape) -> Cost:
+    """Sum of the stages' costs."""
+    total = Cost(flops=0.0, bytes_read=0.0, bytes_written=0.0)
+    for name, stage_shape in shape.stage_shapes().items():
+        total = total + STAGE_OPERATORS[name].cost(stage_shape)
+    return total
+
+
+def memory(shape: DsaShape) -> Memory:
+    """Inputs of indexer and attention, the chunk of logits, the selection, the output."""
+    stages = shape.stage_shapes()
+    parts = {name: STAGE_OPERATORS[name].memory(stage) for name, stage in stages.items()}
+    first, *_, last = (parts[name] for name in STAGES[shape.phase])
+    selection = parts["topk"].output_bytes
+    logits = first.output_bytes
+    if shape.phase == "prefill":
+        one_row = 4 * shape.seq_len_kv
+        logits = min(logits, max(one_row, shape.workspace_bytes))
+    return Memory(
+        input_bytes=first.input_bytes + last.input_bytes - selection,
+        output_bytes=last.output_bytes + selection,
+        workspace_bytes=logits + selection,
+    )
+
+
+def shape_of(case: Case, preset: Preset) -> DsaShape:
+    if case.topk is None:
+        raise Unsupported("topk has no value (pass -k)")
+    return DsaShape(
+        phase=case.phase,
+        seq_len_kv=case.seq_len_kv,
+        seq_len_q=case.seq_len_q,
+        topk=case.topk,
+        precision=case.precision,
+        batch_size=case.batch_size,
+        num_heads=case.num_heads,
+        preset=preset,
+    )
+
+
+OPERATOR = Operator(
+    name="dsa",
+    summary="complete DeepSeek Sparse Attention: indexer, top-k, attention over the selection",
+    phases=("prefill", "decode"),
+    axes=frozenset({"topk", "precision", "batch_size", "num_heads"}),
+    shape=shape_of,
+    make_inputs=make_inputs,
+    reference=reference,
+    check=check,
+    cost=cost,
+    memory=memory,
+    num_rows=lambda shape: shape.seq_len_q if shape.phase == "prefill" else shape.batch_size,
+    stages=STAGES.__getitem__,
+    compose=compose,
+    stage_shapes=DsaShape.stage_shapes,
+    figures=figures,
+)

@@ -1,0 +1,193 @@
+"""Lightning indexer over a paged cache, for decode: index logits of one or few new queries a sequence.
+
+    index_logits[b, j, s] = scale(b, s) · Σ_h index_weights[b, j, h] · max(0, ⟨index_q[b, j, h], key(b, s)⟩)
+
+key(b, s) and scale(b, s) lie on page block_table[b, s // page_size] of `index_cache` (layout: `paging.py`).
+
+Shapes:
+    index_q        [batch_size, seq_len_q, index_heads, index_dim]  e4m3 or bf16
+    index_cache    [num_pages, page_size · 132] uint8, or [num_pages, page_size · 128] bf16
+    index_weights  [batch_size, seq_len_q, index_heads]             fp32
+    seq_lens       [batch_size, seq_len_q]                          int32  keys that query (b, j) sees; 0 is allowed
+    block_table    [batch_size, max_pages]                          int32
+    index_logits   [batch_size, seq_len_q, max_pages · page_size]   fp32
+
+Conventions: columns at and beyond seq_lens[b, j] are undefined (the reference holds -inf there). Entries of
+block_table beyond the last page of a sequence are never read; pages are not checked against num_pages.
+
+Source: DeepGEMM `fp8_paged_mqa_logits` with 2-D context_lens and clean_logits=False.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_bench.accuracy import Check, compare_tensors
+from dsa_bench.kernels.indexer import logits_tolerance, make_index_vectors, weighted_relu_scores
+from dsa_bench.kernels.paging import (
+    index_row_bytes,
+    make_block_table,
+    make_cache,
+    pack_index_pages,
+    unpack_index_pages,
+)
+from dsa_bench.operator import Cost, Memory, Operator
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedIndexerShape:
+    """batch_size sequences of context seq_len_kv, the seq_len_q new tokens counted in."""
+
+    batch_size: int
+    seq_len_kv: int
+    seq_len_q: int = 1
+    index_heads: int = 64
+    index_dim: int = 128
+    page_size: int = 64
+    precision: str = "fp8"
+
+    @property
+    def max_pages(self) -> int:
+        return -(-self.seq_len_kv // self.page_size)
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs: query j of a sequence sees seq_len_kv - seq_len_q + j + 1 keys."""
+        n, m = self.seq_len_kv, self.seq_len_q
+        return self.batch_size * (m * (n - m) + m * (m + 1) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedIndexerInputs:
+    index_q: Tensor
+    index_cache: Tensor
+    index_weights: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    page_size: int
+
+
+class PagedIndexerOutputs(NamedTuple):
+    index_logits: Tensor
+
+
+def make_inputs(
+    shape: PagedIndexerShape, *, seed: int, device: torch.device | str
+) -> PagedIndexerInputs:
+    """Gaussian queries and keys in a cache whose pages are randomly permuted."""
+    g = torch.Generator(device=device).manual_seed(seed)
+
+    def index_pages(pages: int) -> tuple[Tensor, ...]:
+        k = torch.randn(pages, shape.page_size, shape.index_dim, generator=g, device=device)
+        return (pack_index_pages(k, shape.precision),)
+
+    (cache,) = make_cache(
+        shape.batch_size * shape.max_pages, shape.page_size, index_pages, device=device
+    )
+    dims = (shape.batch_size, shape.seq_len_q, shape.index_heads)
+    q = torch.randn(*dims, shape.index_dim, generator=g, device=device)
+    index_q, q_scale = make_index_vectors(q, shape.precision)
+    weights = torch.randn(*dims, generator=g, device=device)
+    scale = (shape.index_heads * shape.index_dim) ** -0.5
+    block_table = make_block_table(shape.batch_size, shape.max_pages, g)
+    return PagedIndexerInputs(
+        index_q,
+        cache,
+        weights * q_scale * scale,
+        decode_lens(shape.batch_size, shape.seq_len_q, shape.seq_len_kv, device),
+        block_table,
+        shape.page_size,
+    )
+
+
+def decode_lens(
+    batch_size: int, seq_len_q: int, seq_len_kv: int, device: torch.device | str
+) -> Tensor:
+    """[batch_size, seq_len_q] int32: the last query sees seq_len_kv keys, the one before it one less."""
+    last = torch.arange(seq_len_kv - seq_len_q + 1, seq_len_kv + 1, dtype=torch.int32, device=device)
+    return last.expand(batch_size, seq_len_q).contiguous()
+
+
+def reference(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> PagedIndexerOutputs:
+    """The formula in fp32, one sequence at a time; -inf at and beyond seq_lens."""
+    batch = range(inputs.index_q.shape[0]) if rows is None else rows.tolist()
+    width = inputs.block_table.shape[1] * inputs.page_size
+    out = torch.full(
+        (len(batch), inputs.index_q.shape[1], width), float("-inf"), device=inputs.index_q.device
+    )
+    columns = torch.arange(width, device=out.device)
+    for i, b in enumerate(batch):
+        longest = int(inputs.seq_lens[b].max())
+        pages = inputs.block_table[b, : -(-longest // inputs.page_size)].long()
+        values, scale = unpack_index_pages(inputs.index_cache[pages], inputs.page_size)
+        k = values.flatten(0, 1)[:longest]
+        scores = weighted_relu_scores(inputs.index_q[b], k, inputs.index_weights[b])
+        out[i, :, :longest] = scores * scale.flatten()[:longest]
+        out[i].masked_fill_(columns >= inputs.seq_lens[b, :, None], float("-inf"))
+    return PagedIndexerOutputs(out)
+
+
+def check(
+    inputs: PagedIndexerInputs, outputs: PagedIndexerOutputs, *, rows: Tensor | None = None
+) -> tuple[Check, ...]:
+    """Compare the columns below seq_lens with the reference."""
+    expected = reference(inputs, rows=rows).index_logits
+    actual, lens = (
+        x if rows is None else x[rows] for x in (outputs.index_logits, inputs.seq_lens)
+    )
+    mask = torch.arange(expected.shape[-1], device=expected.device) < lens.unsqueeze(-1)
+    tolerance = logits_tolerance(expected, mask)
+    return (compare_tensors("index_logits", actual, expected, tolerance, mask=mask),)
+
+
+def cost(shape: PagedIndexerShape) -> Cost:
+    """2 · index_heads · index_dim FLOP a visible pair; each sequence's keys once, whatever seq_len_q is."""
+    element = 1 if shape.precision == "fp8" else 2
+    queries = shape.batch_size * shape.seq_len_q * shape.index_heads
+    keys = shape.batch_size * shape.seq_len_kv
+    return Cost(
+        flops=2.0 * shape.index_heads * shape.index_dim * shape.pairs,
+        bytes_read=queries * (shape.index_dim * element + 4.0)
+        + float(keys * index_row_bytes(shape.precision)),
+        bytes_written=4.0 * shape.pairs,
+    )
+
+
+def memory(shape: PagedIndexerShape) -> Memory:
+    tokens = shape.batch_size * shape.max_pages * shape.page_size
+    return Memory(
+        input_bytes=tokens * index_row_bytes(shape.precision)
+        + 4 * shape.batch_size * (shape.max_pages + shape.seq_len_q),
+        output_bytes=4 * tokens * shape.seq_len_q,
+    )
+
+
+def shape_of(case: Case, preset: Preset) -> PagedIndexerShape:
+    return PagedIndexerShape(
+        batch_size=case.batch_size,
+        seq_len_kv=case.seq_len_kv,
+        seq_len_q=case.seq_len_q,
+        index_heads=preset.index_heads,
+        index_dim=preset.index_dim,
+        page_size=preset.page_size,
+        precision=case.precision,
+    )
+
+
+OPERATOR = Operator(
+    name="paged_indexer",
+    summary="index logits of new tokens over a paged key cache",
+    phases=("decode",),
+    axes=frozenset({"precision", "batch_size"}),
+    shape=shape_of,
+    make_inputs=make_inputs,
+    reference=reference,
+    check=check,
+    cost=cost,
+    memory=memory,
+    num_rows=lambda shape: shape.batch_size,
+)

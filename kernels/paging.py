@@ -1,0 +1,114 @@
+"""Layouts of the two paged caches, and positions to slots.
+
+Slot = page · page_size + offset. `block_table[b, i]` is the page of positions i · page_size … of sequence b.
+
+MLA latent cache, fp8: [num_pages, page_size, 656] uint8, a token is
+    bytes   0..511   512 e4m3 latents
+    bytes 512..527   4 fp32 scales, one for each 128 latents, powers of two
+    bytes 528..655   64 bf16, the rotated key
+MLA latent cache, bf16: [num_pages, page_size, 576] bf16, latents then rotated key.
+
+Indexer key cache, fp8: [num_pages, page_size · 132] uint8; a page holds first the e4m3 values of all its tokens,
+then their fp32 scales: it is *not* interleaved by token.
+Indexer key cache, bf16: [num_pages, page_size · 128] bf16.
+
+Source: FlashMLA flash_mla_interface.py and tests/quant.py (656 bytes); DeepGEMM tests/test_attention.py (132 bytes).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsa_bench.kernels.fp8 import LATENT_SCALE_FLOOR, quantize, quantize_index_vectors
+
+HEAD_DIM_V = 512
+HEAD_DIM_ROPE = 64
+HEAD_DIM_QK = HEAD_DIM_V + HEAD_DIM_ROPE
+INDEX_DIM = 128
+LATENT_GROUP = 128
+SCALE_BYTES = 4
+MLA_ROW_BYTES = HEAD_DIM_V + HEAD_DIM_V // LATENT_GROUP * SCALE_BYTES + HEAD_DIM_ROPE * 2
+INDEX_ROW_BYTES = INDEX_DIM + SCALE_BYTES
+
+
+def mla_row_bytes(precision: str) -> int:
+    """Bytes of one token in the latent cache: 656 (fp8) or 1152 (bf16)."""
+    return MLA_ROW_BYTES if precision == "fp8" else HEAD_DIM_QK * 2
+
+
+def index_row_bytes(precision: str) -> int:
+    """Bytes of one token in the indexer's cache: 132 (fp8) or 256 (bf16)."""
+    return INDEX_ROW_BYTES if precision == "fp8" else INDEX_DIM * 2
+
+
+def pack_mla_rows(kv: Tensor, precision: str) -> Tensor:
+    """[..., 576] -> cache rows: [..., 656] uint8 (fp8) or [..., 576] bf16."""
+    if precision == "bf16":
+        return kv.bfloat16()
+    values, scale = quantize(kv[..., :HEAD_DIM_V], LATENT_GROUP, LATENT_SCALE_FLOOR)
+    rope = kv[..., HEAD_DIM_V:].bfloat16().contiguous()
+    return torch.cat(
+        [values.view(torch.uint8), scale.contiguous().view(torch.uint8), rope.view(torch.uint8)], dim=-1
+    )
+
+
+def unpack_mla_rows(rows: Tensor) -> Tensor:
+    """Cache rows -> [..., 576] fp32, rounded to bf16 as every kernel holds them."""
+    if rows.dtype == torch.bfloat16:
+        return rows.float()
+    scale_end = MLA_ROW_BYTES - 2 * HEAD_DIM_ROPE
+    values = rows[..., :HEAD_DIM_V].contiguous().view(torch.float8_e4m3fn).float()
+    scale = rows[..., HEAD_DIM_V:scale_end].contiguous().view(torch.float32)
+    latent = (values.unflatten(-1, (-1, LATENT_GROUP)) * scale.unsqueeze(-1)).flatten(-2)
+    rope = rows[..., scale_end:].contiguous().view(torch.bfloat16).float()
+    return torch.cat([latent.bfloat16().float(), rope], dim=-1)
+
+
+def pack_index_pages(index_k: Tensor, precision: str) -> Tensor:
+    """[num_pages, page_size, 128] -> [num_pages, page_size · 132] uint8, or [num_pages, page_size · 128] bf16."""
+    if precision == "bf16":
+        return index_k.bfloat16().flatten(1)
+    values, scale = quantize_index_vectors(index_k)
+    return torch.cat(
+        [values.view(torch.uint8).flatten(1), scale.contiguous().view(torch.uint8)], dim=-1
+    )
+
+
+def unpack_index_pages(index_cache: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Pages -> values [num_pages, page_size, 128] fp32 (unscaled) and scales [num_pages, page_size] fp32."""
+    if index_cache.dtype == torch.bfloat16:
+        values = index_cache.float().unflatten(1, (page_size, INDEX_DIM))
+        return values, torch.ones(values.shape[:2], device=values.device)
+    split = page_size * INDEX_DIM
+    values = index_cache[:, :split].contiguous().view(torch.float8_e4m3fn).float()
+    scale = index_cache[:, split:].contiguous().view(torch.float32)
+    return values.unflatten(1, (page_size, INDEX_DIM)), scale
+
+
+def make_block_table(batch_size: int, max_pages: int, generator: torch.Generator) -> Tensor:
+    """A random permutation of pages: [batch_size, max_pages] int32, no page used twice."""
+    pages = torch.randperm(batch_size * max_pages, generator=generator, device=generator.device)
+    return pages.to(torch.int32).view(batch_size, max_pages)
+
+
+def make_cache(
+    num_pages: int, page_size: int, rows_of: Callable[[int], tuple[Tensor, ...]], *, device: torch.device | str
+) -> list[Tensor]:
+    """Fill caches page by page, so that no fp32 copy of a whole cache is ever held.
+
+    `rows_of(pages)` returns the packed tensors of that many pages; their first dimension is `pages`.
+    """
+    chunk = max(1, 65536 // page_size)
+    caches: list[Tensor] = []
+    for begin in range(0, num_pages, chunk):
+        count = min(chunk, num_pages - begin)
+        parts = rows_of(count)
+        if not caches:
+            caches = [
+                torch.empty((num_pages, *part.shape[1:]), dtype=part.dtype, device=device)
+                for part in parts
+            ]
+        for cache, part in zip(caches, parts, strict=True):
+            cache[begin : begin + count] = part
+    return caches

@@ -1,0 +1,236 @@
+"""Sparse multi-query attention of new tokens over a paged latent cache, each over the slots its index row lists.
+
+    out[b, j, h] = softmax over p of (sm_scale · ⟨q[b, j, h], row(topk_slots[b, j, p])⟩) · row(…)[:512]
+
+row(slot) is the dequantised cache row, rounded to bf16 (layout: `paging.py`); the full definition of the softmax,
+the sink and empty rows is in `attention.py`.
+
+Shapes:
+    q           [batch_size, seq_len_q, num_heads, 576]  bf16
+    kv_cache    [num_pages, page_size, 656] uint8, or [num_pages, page_size, 576] bf16
+    topk_slots  [batch_size, seq_len_q, topk]            int32  page · page_size + offset
+    attn_sink   [num_heads] or None                      fp32
+    topk_lens   [batch_size, seq_len_q] or None          int32  entries of an index row that are used
+    out         [batch_size, seq_len_q, num_heads, 512]  bf16
+    lse         [batch_size, seq_len_q, num_heads]       fp32   natural logarithm
+
+Conventions: a slot outside 0 … num_pages · page_size - 1 is skipped, whatever its value. Rows that no valid slot
+names are never read into the result: they may hold NaN. A query without a valid slot: out 0, lse +inf.
+
+Source: FlashMLA `flash_mla_with_kvcache` with is_fp8_kvcache and indices. Differences: only -1 is invalid there,
+a larger slot is a wild read; lse is [batch, heads, seq_len_q] there.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_bench.accuracy import Check, compare_tensors
+from dsa_bench.expect import expect_same_device, expect_tensor
+from dsa_bench.kernels.attention import (
+    DECODE_LSE_TOLERANCE,
+    DECODE_OUT_TOLERANCE,
+    attend,
+    row_chunk,
+)
+from dsa_bench.kernels.paging import (
+    HEAD_DIM_QK,
+    HEAD_DIM_V,
+    MLA_ROW_BYTES,
+    make_cache,
+    mla_row_bytes,
+    pack_mla_rows,
+    unpack_mla_rows,
+)
+from dsa_bench.kernels.sparse_prefill import make_attention_tensor, random_indices
+from dsa_bench.operator import Cost, Memory, Operator, Unsupported
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseDecodeShape:
+    """batch_size sequences of context seq_len_kv; each of seq_len_q queries selects topk rows of its sequence."""
+
+    batch_size: int
+    seq_len_kv: int
+    topk: int = 2048
+    seq_len_q: int = 1
+    num_heads: int = 128
+    page_size: int = 64
+    precision: str = "fp8"
+    sm_scale: float = Preset(name="").sm_scale
+
+    def __post_init__(self) -> None:
+        if self.topk > self.seq_len_kv:
+            raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
+
+    @property
+    def max_pages(self) -> int:
+        return -(-self.seq_len_kv // self.page_size)
+
+    @property
+    def queries(self) -> int:
+        return self.batch_size * self.seq_len_q
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDecodeInputs:
+    q: Tensor
+    kv_cache: Tensor
+    topk_slots: Tensor
+    sm_scale: float
+    attn_sink: Tensor | None = None
+    topk_lens: Tensor | None = None
+
+
+class SparseDecodeOutputs(NamedTuple):
+    out: Tensor
+    lse: Tensor
+
+
+def make_inputs(
+    shape: SparseDecodeShape, *, seed: int, device: torch.device | str
+) -> SparseDecodeInputs:
+    """Random queries and cache; each query selects distinct random rows of its own sequence's pages."""
+    g = torch.Generator(device=device).manual_seed(seed)
+
+    def latent_pages(pages: int) -> tuple[Tensor, ...]:
+        kv = make_attention_tensor(pages, shape.page_size, HEAD_DIM_QK, generator=g)
+        return (pack_mla_rows(kv, shape.precision),)
+
+    (cache,) = make_cache(
+        shape.batch_size * shape.max_pages, shape.page_size, latent_pages, device=device
+    )
+    q = make_attention_tensor(
+        shape.batch_size, shape.seq_len_q, shape.num_heads, HEAD_DIM_QK, generator=g
+    )
+    visible = torch.full((shape.queries,), shape.seq_len_kv, device=device)
+    positions = random_indices(visible, shape.seq_len_kv, shape.topk, g)
+    first_slot = torch.arange(shape.batch_size, device=device, dtype=torch.int32)
+    first_slot *= shape.max_pages * shape.page_size
+    slots = positions.view(shape.batch_size, shape.seq_len_q, -1) + first_slot[:, None, None]
+    return SparseDecodeInputs(q, cache, slots, shape.sm_scale)
+
+
+def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> SparseDecodeOutputs:
+    """`attend` over the gathered and dequantised cache rows, in fp32 and in chunks of queries."""
+    q, slots = (x if rows is None else x[rows] for x in (inputs.q, inputs.topk_slots))
+    lens = inputs.topk_lens if inputs.topk_lens is None or rows is None else inputs.topk_lens[rows]
+    batch_size, seq_len_q = q.shape[:2]
+    q, slots = q.flatten(0, 1), slots.flatten(0, 1).long()
+    cache = inputs.kv_cache.flatten(0, 1)
+    valid = (slots >= 0) & (slots < cache.shape[0])
+    if lens is not None:
+        valid &= torch.arange(slots.shape[1], device=slots.device) < lens.reshape(-1, 1)
+    parts = []
+    every = torch.arange(q.shape[0], device=q.device)
+    for part in every.split(row_chunk(slots.shape[1], q.shape[1], q.shape[2])):
+        k = unpack_mla_rows(cache[torch.where(valid[part], slots[part], 0)])
+        parts.append(
+            attend(q[part], k, valid[part], inputs.sm_scale, HEAD_DIM_V, inputs.attn_sink)
+        )
+    out = torch.cat([part.out for part in parts]).unflatten(0, (batch_size, seq_len_q))
+    lse = torch.cat([part.lse for part in parts]).unflatten(0, (batch_size, seq_len_q))
+    return SparseDecodeOutputs(out, lse)
+
+
+def check(
+    inputs: SparseDecodeInputs, outputs: SparseDecodeOutputs, *, rows: Tensor | None = None
+) -> tuple[Check, ...]:
+    """Both outputs against the fp32 reference, within FlashMLA's tolerances for decode."""
+    expected = reference(inputs, rows=rows)
+    actual = outputs if rows is None else SparseDecodeOutputs(*(x[rows] for x in outputs))
+    return (
+        compare_tensors("out", actual.out, expected.out, DECODE_OUT_TOLERANCE),
+        compare_tensors("lse", actual.lse, expected.lse, DECODE_LSE_TOLERANCE),
+    )
+
+
+def check_arguments(
+    q: Tensor,
+    kv_cache: Tensor,
+    topk_slots: Tensor,
+    sm_scale: float,
+    attn_sink: Tensor | None,
+    topk_lens: Tensor | None,
+) -> None:
+    """Refuse what no kernel of this operator can read, in a sentence."""
+    dims = {"batch_size": q.shape[0], "seq_len_q": q.shape[1] if q.dim() > 1 else None}
+    expect_tensor(
+        "q", q, torch.bfloat16, batch_size=None, seq_len_q=None, num_heads=None, head_dim_qk=HEAD_DIM_QK
+    )
+    row = MLA_ROW_BYTES if kv_cache.dtype == torch.uint8 else HEAD_DIM_QK
+    dtypes = (torch.uint8, torch.bfloat16)
+    expect_tensor("kv_cache", kv_cache, dtypes, num_pages=None, page_size=None, row=row)
+    expect_tensor("topk_slots", topk_slots, torch.int32, **dims, topk=None)
+    if attn_sink is not None:
+        expect_tensor("attn_sink", attn_sink, torch.float32, num_heads=q.shape[2])
+    if topk_lens is not None:
+        expect_tensor("topk_lens", topk_lens, torch.int32, **dims)
+    expect_same_device(
+        q=q, kv_cache=kv_cache, topk_slots=topk_slots, attn_sink=attn_sink, topk_lens=topk_lens
+    )
+    for name, tensor in (("q", q), ("kv_cache", kv_cache), ("topk_slots", topk_slots)):
+        if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} must be contiguous and aligned to 16 bytes, got strides {tuple(tensor.stride())}"
+                " (pass x.contiguous())"
+            )
+    if not sm_scale > 0:
+        raise ValueError(f"sm_scale must be > 0, got {sm_scale} (V3.2: 0.1352338)")
+
+
+def cost(shape: SparseDecodeShape) -> Cost:
+    """2 · num_heads · (576 + 512) FLOP a selected row; every selected row read by each query; q, slots; out, lse."""
+    heads = shape.queries * shape.num_heads
+    entries = shape.queries * shape.topk
+    return Cost(
+        flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * entries,
+        bytes_read=2.0 * heads * HEAD_DIM_QK
+        + entries * (mla_row_bytes(shape.precision) + 4.0),
+        bytes_written=heads * (2.0 * HEAD_DIM_V + 4.0),
+    )
+
+
+def memory(shape: SparseDecodeShape) -> Memory:
+    tokens = shape.batch_size * shape.max_pages * shape.page_size
+    heads = shape.queries * shape.num_heads
+    return Memory(
+        input_bytes=tokens * mla_row_bytes(shape.precision)
+        + 2 * heads * HEAD_DIM_QK
+        + 4 * shape.queries * shape.topk,
+        output_bytes=heads * (2 * HEAD_DIM_V + 4),
+    )
+
+
+def shape_of(case: Case, preset: Preset) -> SparseDecodeShape:
+    if case.topk is None:
+        raise Unsupported("topk has no value (pass -k)")
+    return SparseDecodeShape(
+        batch_size=case.batch_size,
+        seq_len_kv=case.seq_len_kv,
+        topk=case.topk,
+        seq_len_q=case.seq_len_q,
+        num_heads=case.num_heads,
+        page_size=preset.page_size,
+        precision=case.precision,
+        sm_scale=preset.sm_scale,
+    )
+
+
+OPERATOR = Operator(
+    name="sparse_decode",
+    summary="multi-query attention of new tokens over selected rows of a paged cache",
+    phases=("decode",),
+    axes=frozenset({"topk", "precision", "batch_size", "num_heads"}),
+    shape=shape_of,
+    make_inputs=make_inputs,
+    reference=reference,
+    check=check,
+    cost=cost,
+    memory=memory,
+    num_rows=lambda shape: shape.batch_size,
+)

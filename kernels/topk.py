@@ -1,0 +1,171 @@
+"""Top-k selector: for each row the columns of the k largest logits inside its valid range.
+
+    topk_indices[i, :] = columns of the min(topk, kv_end[i] - kv_start[i]) largest index_logits[i, kv_start[i]:kv_end[i]]
+
+Shapes:
+    index_logits  [num_rows, num_cols]  fp32   any row stride
+    kv_start      [num_rows]            int32  first valid column
+    kv_end        [num_rows]            int32  one past the last valid column
+    topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), unsorted, -1 = none
+
+Conventions: a row with fewer than topk valid columns lists them all, then -1; an empty row is all -1. Which of
+several equal values at the boundary is taken is undefined. -0 equals +0; NaN counts as -inf; -inf inside the
+range is a valid, smallest value. Content outside the range is never looked at.
+
+Source: the contract that vLLM, SGLang and Megatron use; TileLang's selector differs (it leaves the tail at 0).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_bench.accuracy import Check
+from dsa_bench.kernels.indexer import causal_range
+from dsa_bench.operator import Cost, Memory, Operator, Unsupported
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopkShape:
+    """`valid` counts the valid columns of all rows."""
+
+    num_rows: int
+    num_cols: int
+    topk: int
+    valid: int
+
+    def __post_init__(self) -> None:
+        if self.topk > self.num_cols:
+            raise Unsupported(f"topk {self.topk} is more than the {self.num_cols} keys there are")
+
+
+@dataclass(frozen=True, slots=True)
+class TopkInputs:
+    index_logits: Tensor
+    kv_start: Tensor
+    kv_end: Tensor
+    topk: int
+
+
+class TopkOutputs(NamedTuple):
+    topk_indices: Tensor
+
+
+def make_inputs(shape: TopkShape, *, seed: int, device: torch.device | str) -> TopkInputs:
+    """Gaussian logits; the valid range is a causal chunk's, or the whole row where that is what `valid` says."""
+    g = torch.Generator(device=device).manual_seed(seed)
+    logits = torch.randn(shape.num_rows, shape.num_cols, generator=g, device=device)
+    if shape.valid == shape.num_rows * shape.num_cols:
+        kv_end = torch.full((shape.num_rows,), shape.num_cols, dtype=torch.int32, device=device)
+        return TopkInputs(logits, torch.zeros_like(kv_end), kv_end, shape.topk)
+    return TopkInputs(logits, *causal_range(shape.num_rows, shape.num_cols, device), shape.topk)
+
+
+def valid_logits(inputs: TopkInputs, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits with NaN and everything outside the range at -inf, and the mask of the range."""
+    logits, start, end = (
+        x if rows is None else x[rows]
+        for x in (inputs.index_logits, inputs.kv_start, inputs.kv_end)
+    )
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    inside = (columns >= start[:, None]) & (columns < end[:, None])
+    return torch.where(inside & ~logits.isnan(), logits.float(), float("-inf")), inside
+
+
+def reference(inputs: TopkInputs, *, rows: Tensor | None = None) -> TopkOutputs:
+    """torch.topk of the logits as ordered integers, among which what lies outside comes last."""
+    logits, inside = valid_logits(inputs, rows)
+    order = torch.where(inside, ordered_bits(logits), torch.iinfo(torch.int32).min)
+    columns = order.topk(min(inputs.topk, order.shape[1]), dim=1).indices
+    chosen = torch.where(inside.gather(1, columns), columns, -1).to(torch.int32)
+    unused = inputs.topk - chosen.shape[1]
+    return TopkOutputs(torch.nn.functional.pad(chosen, (0, unused), value=-1))
+
+
+def ordered_bits(x: Tensor) -> Tensor:
+    """int32 in the order of the fp32 values, -0 as +0; even that of -inf is above the least int32."""
+    bits = (x + 0.0).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def check(
+    inputs: TopkInputs, outputs: TopkOutputs, *, rows: Tensor | None = None
+) -> tuple[Check, ...]:
+    """Selected values equal the k largest as a multiset; columns unique and in range; -1 only behind them."""
+    actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
+    logits, inside = valid_logits(inputs, rows)
+    num_valid = inside.sum(1).clamp(max=inputs.topk)
+    used = torch.arange(inputs.topk, device=actual.device) < num_valid[:, None]
+    safe = actual.long().clamp(0, logits.shape[1] - 1)
+    in_range = (actual == safe) & inside.gather(1, safe)
+    bad_slots = torch.where(used, ~in_range, actual != -1).sum().item()
+    # unused slots get numbers of their own, below every column, so that only real repetition shows
+    own = -1 - torch.arange(inputs.topk, device=actual.device)
+    listed = torch.where(used, actual.long(), own).sort(1).values
+    repeated = (listed[:, 1:] == listed[:, :-1]).sum().item()
+    lowest = float("-inf")
+    values = torch.where(used, logits.gather(1, safe), lowest).sort(1, descending=True).values
+    best = logits.topk(min(inputs.topk, logits.shape[1]), dim=1).values
+    best = torch.nn.functional.pad(best, (0, inputs.topk - best.shape[1]), value=lowest)
+    wrong_values = (values != best).sum().item()
+    figures = {
+        "bad_slots": float(bad_slots),
+        "repeated": float(repeated),
+        "wrong_values": float(wrong_values),
+    }
+    return (
+        Check(
+            name="topk_indices",
+            passed=not any(figures.values()),
+            figures=figures,
+            limits=dict.fromkeys(figures, 0.0),
+        ),
+    )
+
+
+def cost(shape: TopkShape) -> Cost:
+    """No FLOP; each valid logit read once, the indices written once."""
+    return Cost(
+        flops=0.0, bytes_read=4.0 * shape.valid, bytes_written=4.0 * shape.num_rows * shape.topk
+    )
+
+
+def memory(shape: TopkShape) -> Memory:
+    return Memory(
+        input_bytes=4 * shape.num_rows * shape.num_cols + 8 * shape.num_rows,
+        output_bytes=4 * shape.num_rows * shape.topk,
+    )
+
+
+def shape_of(case: Case, preset: Preset) -> TopkShape:
+    """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q rows of L columns."""
+    if case.topk is None:
+        raise Unsupported("topk has no value (pass -k)")
+    if case.phase == "prefill":
+        if case.seq_len_q > case.seq_len_kv:
+            raise Unsupported(f"seq_len_q {case.seq_len_q} is more than L {case.seq_len_kv}")
+        before = case.seq_len_kv - case.seq_len_q
+        rows = case.seq_len_q
+        valid = rows * before + rows * (rows + 1) // 2
+    else:
+        rows = case.batch_size * case.seq_len_q
+        valid = rows * case.seq_len_kv
+    return TopkShape(num_rows=rows, num_cols=case.seq_len_kv, topk=case.topk, valid=valid)
+
+
+OPERATOR = Operator(
+    name="topk",
+    summary="columns of the k largest index logits of each row",
+    phases=("prefill", "decode"),
+    axes=frozenset({"topk", "batch_size"}),
+    shape=shape_of,
+    make_inputs=make_inputs,
+    reference=reference,
+    check=check,
+    cost=cost,
+    memory=memory,
+    num_rows=lambda shape: shape.num_rows,
+)
