@@ -1,0 +1,80 @@
+"""FlashAttention 3 (Hopper), forward: the wheel `fa3-fwd`, which imports as `fa3_fwd_interface`.
+
+Prefill calls `flash_attn_func`: causal there means aligned to the end of the keys, as here.
+Decode is its MLA form: the rotated 64 columns go in as q and k, the other 512 as qv and v, and the
+scores are q · k + qv · v; k and v are views of the same rows (their strides, 1152 bytes, are
+multiples of 16 as TMA wants them).
+Their lse is [batch_size, num_heads, seq_len_q], natural: transposed here as a view.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from dsa_bench.baselines.dense_attention import (
+    DenseAttentionShape,
+    DenseDecodeInputs,
+    DenseInputs,
+    DenseOutputs,
+    DensePrefillInputs,
+)
+from dsa_bench.operator import Implementation, Machine
+
+MODULE = "fa3_fwd_interface"
+INSTALL = "pip install fa3-fwd"
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float) -> DenseOutputs:
+    """MHA form, causal to the end of the keys."""
+    from fa3_fwd_interface import flash_attn_func
+
+    out, lse = flash_attn_func(
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        softmax_scale=sm_scale,
+        causal=True,
+        return_attn_probs=True,
+    )
+    return DenseOutputs(out[0], lse[0].transpose(0, 1))
+
+
+def decode(q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float) -> DenseOutputs:
+    """MQA form; the number of splits over keys is theirs to choose (num_splits=0)."""
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    kv = kv.unsqueeze(2)
+    out, lse, *_ = flash_attn_with_kvcache(
+        q[..., head_dim_v:],
+        kv[..., head_dim_v:],
+        kv[..., :head_dim_v],
+        qv=q[..., :head_dim_v],
+        softmax_scale=sm_scale,
+        causal=True,
+        num_splits=0,
+        return_softmax_lse=True,
+    )
+    return DenseOutputs(out, lse.transpose(1, 2))
+
+
+@torch.no_grad()
+def run(inputs: DenseInputs, /) -> DenseOutputs:
+    if isinstance(inputs, DensePrefillInputs):
+        return prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
+    assert isinstance(inputs, DenseDecodeInputs)
+    return decode(inputs.q, inputs.kv, head_dim_v=inputs.head_dim_v, sm_scale=inputs.sm_scale)
+
+
+def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
+    if machine.device != "cuda" or not machine.is_hopper:
+        return "flash_attn_3 needs a Hopper GPU (compute capability 9.0)"
+    if importlib.util.find_spec(MODULE) is None:
+        return f"flash_attn_3 is not installed ({INSTALL})"
+    return None
+
+
+IMPLEMENTS = "dense_attention"
+IMPLEMENTATIONS = (
+    Implementation(name="flash_attn_3", run=run, supports=supports, install=INSTALL, priority=40),
+)
