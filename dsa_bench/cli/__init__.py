@@ -1,0 +1,359 @@
+"""The command line: each command parses, calls the library, and prints what it returns.
+
+typer and rich live here alone, and everything heavier is imported inside the command that needs it,
+so that `--help` answers at once. Results go to stdout, progress and warnings to stderr.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from dsa_bench.operator import UsageError
+
+if TYPE_CHECKING:
+    from dsa_bench.job import Job, Request
+    from dsa_bench.runner import Progress
+    from dsa_bench.store import Run
+
+# the parser's errors derive from this class, which typer doesn't export
+PARSER_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+class Exit(IntEnum):
+    """Exit codes of every command."""
+
+    OK = 0
+    USAGE = 2
+    FAILED = 3
+    """Some case failed, was wrong, did not fit, or took too long."""
+    REGRESSION = 4
+    INTERRUPTED = 130
+
+
+def _text(*names: str, metavar: str, help: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+
+
+SweepName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SWEEP]", help="A shipped sweep (see list) or a TOML file.", show_default=False
+    ),
+]
+Phase = Annotated[str | None, _text("--phase", metavar="LIST", help="Phases: prefill,decode")]
+Lengths = Annotated[str | None, _text("-L", "--seq-len-kv", metavar="SIZES", help="Sequence lengths: 4k:128k:x2")]
+Topk = Annotated[str | None, _text("-k", "--topk", metavar="SIZES", help="Selected keys of a query: 512,2k")]
+Precision = Annotated[str | None, _text("--precision", metavar="LIST", help="Of indexer and caches: bf16,fp8")]
+Op = Annotated[str | None, _text("--op", metavar="LIST", help="Operators (see list): dsa,topk or all")]
+Impl = Annotated[
+    str | None, _text("--impl", metavar="LIST", help="auto, all, a name, operator=name")
+]
+Batch = Annotated[str | None, _text("--batch", metavar="SIZES", help="Sequences in decode: 1,32")]
+SeqLenQ = Annotated[
+    str | None, _text("--seq-len-q", metavar="SIZES", help="Queries of a chunk, of a sequence.")
+]
+Heads = Annotated[str | None, _text("--heads", metavar="SIZES", help="Query heads: 128,64")]
+PresetName = Annotated[str | None, _text("--preset", metavar="NAME", help="Model sizes: v3.2 or v3.2-cpu")]
+Seed = Annotated[int | None, _text("--seed", metavar="N", help="Seed of the inputs.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cuda|cpu", envvar="DSA_BENCH_DEVICE",
+                 help="Where the cases run."),
+]  # fmt: skip
+Effort = Annotated[
+    str,
+    typer.Option("--effort", metavar="quick|standard|precise",
+                 help="How narrow the confidence interval of a time gets."),
+]  # fmt: skip
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="S", min=0.001, help="Seconds a case may take (120).",
+                 show_default=False),
+]  # fmt: skip
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="DIR", show_default=False,
+                 help="Run folder; results/<time>-<machine> by default."),
+]  # fmt: skip
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Plain lines on stderr.")]
+
+app = typer.Typer(
+    name="dsa-bench",
+    help="Benchmark complete DeepSeek Sparse Attention against dense attention.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Benchmark complete DeepSeek Sparse Attention against dense attention."""
+    if version:
+        from dsa_bench import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def run(
+    sweep: SweepName = None,
+    phase: Phase = None,
+    seq_len_kv: Lengths = None,
+    topk: Topk = None,
+    precision: Precision = None,
+    op: Op = None,
+    impl: Impl = None,
+    batch_size: Batch = None,
+    seq_len_q: SeqLenQ = None,
+    num_heads: Heads = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    effort: Effort = "quick",
+    timeout: Timeout = None,
+    output: Output = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Finish this run, as it was begun.",
+                     show_default=False),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the cases and stop.")] = False,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+    gpu_hour_usd: Annotated[
+        float,
+        typer.Option("--gpu-hour-usd", metavar="USD", min=0.0, envvar="DSA_BENCH_GPU_HOUR_USD",
+                     help="Price of a GPU for an hour."),
+    ] = 2.0,
+) -> Exit:  # fmt: skip
+    """Measure a sweep and report where sparse attention beats dense."""
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    request = _request("run", locals())
+    if resume is not None:
+        if request.overrides or sweep or output:
+            raise UsageError("--resume takes its cases from the folder (leave the selection out)")
+        ready = job.prepare_resume(resume, timeout=timeout)
+    else:
+        ready = job.prepare(request, is_dry=plan)
+    if plan:
+        terminal.print_plan(ready, as_json)
+        return Exit.OK
+    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
+    return _finish(result, finished, as_json=as_json)
+
+
+@app.command()
+def profile(
+    sweep: SweepName = None,
+    phase: Phase = None,
+    seq_len_kv: Lengths = None,
+    topk: Topk = None,
+    precision: Precision = None,
+    op: Op = None,
+    impl: Impl = None,
+    batch_size: Batch = None,
+    seq_len_q: SeqLenQ = None,
+    num_heads: Heads = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    timeout: Timeout = None,
+    output: Output = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> Exit:
+    """Trace one case or a few: kernels by stage, memory, chrome trace."""
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    ready = job.prepare(_request("profile", locals()))
+    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
+    if not as_json:
+        from dsa_bench import show
+
+        for record in result.records:
+            terminal.draw(*show.profile(record, result.path / job.TRACES))
+    return _exit_code(result, finished)
+
+
+@app.command()
+def check(
+    sweep: SweepName = None,
+    phase: Phase = None,
+    seq_len_kv: Lengths = None,
+    topk: Topk = None,
+    precision: Precision = None,
+    op: Op = None,
+    impl: Impl = None,
+    batch_size: Batch = None,
+    seq_len_q: SeqLenQ = None,
+    num_heads: Heads = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    timeout: Timeout = None,
+    as_json: AsJson = False,
+    no_progress: NoProgress = False,
+) -> Exit:
+    """Compare every implementation with the reference; no times."""
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    ready = job.prepare(_request("check", locals()))
+    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
+    if not as_json:
+        from dsa_bench import show
+
+        terminal.draw(show.checks(result.records))
+    return _exit_code(result, finished)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="One self-contained page.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="DIR", help="Figures as PNG and SVG.")
+    ] = None,
+    md: Annotated[Path | None, typer.Option("--md", metavar="FILE", help="Markdown.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="CSV.")] = None,
+) -> Exit:
+    """Show finished runs, or write HTML, figures, Markdown, CSV."""
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    read = job.read_finished(runs)
+    asked = zip(job.REPORTS, (html, png, md, csv), strict=True)
+    wanted = {form: path for form, path in asked if path is not None}
+    for form, path in wanted.items():
+        job.write_report(read, form, path)
+        print(path)
+    if not wanted:
+        terminal.print_report(read)
+    return Exit.OK
+
+
+@app.command("list")
+def list_all(device: Device = "auto", as_json: AsJson = False) -> Exit:
+    """What there is, and what of it runs here, or why not."""
+    from dsa_bench import show
+    from dsa_bench.cli import terminal
+
+    found = show.inventory(device)
+    terminal.print_tables(found, show.inventory_tables(found), as_json)
+    return Exit.OK
+
+
+@app.command()
+def doctor(device: Device = "auto", as_json: AsJson = False) -> Exit:
+    """The machine, its ceilings, and what makes times noisy."""
+    from dsa_bench import show
+    from dsa_bench.cli import terminal
+
+    found = show.diagnosis(device)
+    terminal.print_tables(found, show.diagnosis_tables(found), as_json)
+    return Exit.OK
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run the command and leave with its exit code."""
+    sys.exit(call(arguments))
+
+
+def call(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the command; what a person got wrong is one sentence on stderr."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except UsageError as error:
+        return _say(str(error))
+    except PARSER_ERROR as error:
+        return _say(cast(Any, error).format_message().rstrip("."))
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except OSError as error:
+        return _say(f"{error.filename or 'the run'}: {error.strerror or error}")
+    return int(code or 0)
+
+
+def _say(sentence: str) -> int:
+    print(f"dsa-bench: {' '.join(sentence.split())}", file=sys.stderr)
+    return Exit.USAGE
+
+
+def _request(verb: str, given: Mapping[str, Any]) -> "Request":
+    """What was asked for, from the parameters of a command."""
+    from dsa_bench.job import Request
+    from dsa_bench.sweep import FLAGS
+
+    overrides = {key: given[key] for key in FLAGS if given[key] is not None}
+    rest = {key: given[key] for key in ("effort", "output", "gpu_hour_usd") if key in given}
+    return Request(
+        verb=verb,
+        sweep=given["sweep"],
+        overrides=overrides,
+        argv=tuple(sys.argv[1:]),
+        device=given["device"],
+        timeout=given["timeout"],
+        **rest,
+    )
+
+
+def _execute(ready: "Job", *, as_json: bool, no_progress: bool) -> "tuple[Run, bool]":
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    with terminal.progress(ready.planned, is_live=not no_progress) as show:
+
+        def tell(progress: "Progress") -> None:
+            if as_json and progress.record is not None:
+                print(json.dumps(progress.record.to_json()), flush=True)
+            show(progress)
+
+        return job.execute(ready, tell)
+
+
+def _exit_code(result: "Run", finished: bool) -> Exit:
+    if not finished:
+        return Exit.INTERRUPTED
+    fine = all(record.status in ("ok", "skipped") for record in result.records)
+    return Exit.OK if fine else Exit.FAILED
+
+
+def _finish(result: "Run", finished: bool, *, as_json: bool) -> Exit:
+    """Write and print the report of a run that has ended."""
+    from dsa_bench import job
+    from dsa_bench.cli import terminal
+
+    failures = job.write_all_reports(result)
+    for form, reason in failures.items():
+        text = f"the {form} report failed: {reason} (the records in {result.path} are safe)"
+        print(f"dsa-bench: {text}", file=sys.stderr)
+    if not as_json:
+        with contextlib.suppress(*[Exception] if failures else []):
+            terminal.print_report([result])
+    page = result.path / job.REPORTS["html"]
+    print(page if "html" not in failures else result.path, file=sys.stderr if as_json else None)
+    if not finished:
+        print(
+            f"dsa-bench: stopped; go on with dsa-bench run --resume {result.path}", file=sys.stderr
+        )
+    return _exit_code(result, finished)

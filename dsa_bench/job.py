@@ -1,0 +1,257 @@
+"""One `run`, `check` or `profile` from what was asked to what is left in the run folder."""
+
+import contextlib
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dsa_bench import runner, sweep
+from dsa_bench.operator import UsageError
+from dsa_bench.record import Record
+from dsa_bench.runner import Progress
+from dsa_bench.store import Run, create_run, expect_free, open_writer, read_run
+from dsa_bench.sweep import Layer, Planned
+
+DEFAULT_TIMEOUT = 120.0
+DEVICES = ("auto", "cuda", "cpu")
+EFFORTS = ("quick", "standard", "precise")
+# a trace of each of many cases is slow to take and more than a person reads
+MAX_PROFILED = 8
+DEFAULT_SWEEPS = {
+    "run": {"cuda": "v3.2", "cpu": "cpu"},
+    "profile": {"cuda": "v3.2", "cpu": "cpu"},
+    "check": {"cuda": "check", "cpu": "check-cpu"},
+}
+LOG = "worker.log"
+TRACES = "traces"
+REPORTS = {"html": "report.html", "png": "figures", "md": "report.md", "csv": "report.csv"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What a person asked for."""
+
+    verb: str
+    sweep: str | None
+    overrides: Mapping[str, Any]
+    """Key of a sweep file -> text from the command line."""
+    argv: tuple[str, ...]
+    device: str = "auto"
+    effort: str = "quick"
+    timeout: float | None = None
+    output: Path | None = None
+    gpu_hour_usd: float = 2.0
+
+    @property
+    def is_bare(self) -> bool:
+        """Nothing was selected, so the defaults choose the cases."""
+        return self.sweep is None and not self.overrides
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Cases that are ready to be taken."""
+
+    verb: str
+    path: Path | None
+    """The run folder; None: nothing is kept."""
+    planned: tuple[Planned, ...]
+    """What is still to do."""
+    header: Mapping[str, Any]
+    is_resumed: bool
+    timeout: float
+    options: Mapping[str, Any]
+
+    @property
+    def device(self) -> str:
+        return str(self.header["machine"]["device"])
+
+
+def prepare(request: Request, *, is_dry: bool = False) -> Job:
+    """Examine the machine and plan the cases; nothing is written. A dry job is only to be shown."""
+    command_line = Layer(source="", table=request.overrides)
+    named = [sweep.load(request.sweep)] if request.sweep else []
+    _refuse_early(request, [*named, command_line])
+    # torch is loaded from here on
+    from dsa_bench import plan
+    from dsa_bench.probe import probe
+
+    found = probe(request.device, with_ceilings=request.verb == "run" and not is_dry)
+    name = request.sweep or DEFAULT_SWEEPS[request.verb][found.machine.device]
+    wanted = sweep.resolve(name, *(named or [sweep.load(name)]), command_line)
+    planned = plan.plan(wanted, found.machine)
+    if request.verb == "profile":
+        planned = _few(planned, request)
+    timeout = DEFAULT_TIMEOUT if request.timeout is None else request.timeout
+    options = {"device": found.machine.device, "effort": request.effort}
+    header = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": list(request.argv),
+        "verb": request.verb,
+        **found.header,
+        "options": options | {"timeout": timeout, "gpu_hour_usd": request.gpu_hour_usd},
+        "sweep": wanted.to_json(),
+        "plan": [item.to_json() for item in planned],
+    }
+    path = None if request.verb == "check" else request.output or default_folder(found.machine.name)
+    return Job(
+        verb=request.verb,
+        path=path,
+        planned=planned,
+        header=header,
+        is_resumed=False,
+        timeout=timeout,
+        options=options,
+    )
+
+
+def _refuse_early(request: Request, layers: Sequence[Layer]) -> None:
+    """UsageError for what is wrong whatever the machine is; torch takes seconds to load."""
+    if request.effort not in EFFORTS:
+        raise sweep.unknown("--effort", request.effort, EFFORTS)
+    if request.device not in DEVICES:
+        raise sweep.unknown("--device", request.device, DEVICES)
+    sweep.resolve("", *layers)
+    if request.output is not None:
+        expect_free(request.output)
+
+
+def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
+    """The cases of a run that have not ended; on the machine that it began on."""
+    from dsa_bench.probe import probe
+
+    run = read_run(folder)
+    try:
+        header, options = run.header, run.header["options"]
+        planned = tuple(Planned.from_json(item) for item in header["plan"])
+        machine, device = header["machine"]["name"], header["machine"]["device"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{folder}/run.json lacks {error} (run the sweep again)") from None
+    here = probe(device, with_ceilings=False).header["machine"]["name"]
+    if here != machine:
+        raise UsageError(f"{folder} was measured on {machine}, this machine has {here} (use -o)")
+    return Job(
+        verb=header.get("verb", "run"),
+        path=folder,
+        planned=tuple(item for item in planned if item.case.key not in run.ended),
+        header=header,
+        is_resumed=True,
+        timeout=float(options["timeout"]) if timeout is None else timeout,
+        options={key: options[key] for key in ("device", "effort") if key in options},
+    )
+
+
+def default_folder(machine: str) -> Path:
+    """`results/<UTC timestamp>-<machine>`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    return Path("results") / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{slug}"
+
+
+def _few(planned: tuple[Planned, ...], request: Request) -> tuple[Planned, ...]:
+    """The cases to profile; without a selection the largest DSA case of each phase."""
+    if request.is_bare:
+        last = {item.case.phase: item for item in planned if item.case.op == "dsa"}
+        return tuple(last.values())
+    if len(planned) > MAX_PROFILED:
+        raise UsageError(
+            f"profile takes at most {MAX_PROFILED} cases, this selection has {len(planned)}"
+            " (narrow it: --op dsa --phase decode -L 32k -k 2k)"
+        )
+    return planned
+
+
+def execute(
+    job: Job,
+    tell: Callable[[Progress], None],
+    *,
+    start: Callable[[Path], runner.Worker] = runner.start_worker,
+) -> tuple[Run, bool]:
+    """Take the cases; what the folder holds in the end, and whether nobody interrupted."""
+    with _place(job) as (folder, save, kept):
+        options = dict(job.options)
+        if job.verb == "profile":
+            options["trace_dir"] = str((folder / TRACES).resolve())
+        finished = runner.run(
+            job.planned,
+            settings=runner.Settings(
+                verb=job.verb, options=options, timeout=job.timeout, log=folder / LOG
+            ),
+            save=save,
+            reproduce=functools.partial(sweep.reproduce, device=job.device),
+            tell=tell,
+            start=start,
+        )
+        if job.path is None:
+            return Run(path=folder, header=job.header, records=tuple(kept)), finished
+        return read_run(job.path), finished
+
+
+Place = tuple[Path, Callable[[Record], None], list[Record]]
+
+
+@contextlib.contextmanager
+def _place(job: Job) -> Iterator[Place]:
+    """(folder, how a record is kept, records kept in memory alone)."""
+    kept: list[Record] = []
+    if job.path is None:
+        with tempfile.TemporaryDirectory(prefix="dsa-bench-") as name:
+            yield Path(name), kept.append, kept
+        return
+    if not job.is_resumed:
+        create_run(job.path, job.header)
+    if job.verb == "profile":
+        (job.path / TRACES).mkdir(exist_ok=True)
+    with open_writer(job.path) as writer:
+        yield job.path, writer.append, kept
+
+
+def read_finished(paths: Sequence[Path]) -> list[Run]:
+    """Runs to report on; UsageError where one is torn or has no records."""
+    runs = []
+    for path in paths:
+        run = read_run(path)
+        if run.torn:
+            raise UsageError(
+                f"{path}/records.jsonl breaks off in its last line, after case {len(run.records)}"
+                f" (finish it with dsa-bench run --resume {path})"
+            )
+        if not run.records:
+            raise UsageError(
+                f"{path} has no records yet (finish it with dsa-bench run --resume {path})"
+            )
+        runs.append(run)
+    return runs
+
+
+def write_report(runs: Sequence[Run], form: str, path: Path) -> None:
+    """Write one form of the report: `html`, `png` (a folder of figures), `md` or `csv`."""
+    from dsa_bench.reports import html, plots, tables
+
+    write: Callable[[Sequence[Run], Path], object] = {
+        "html": html.write_html,
+        "png": plots.write_pngs,
+        "md": tables.write_markdown,
+        "csv": tables.write_csv,
+    }[form]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(runs, path)
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror or error}") from None
+
+
+def write_all_reports(run: Run) -> dict[str, str]:
+    """Write every form into the run folder; form -> why it could not be written."""
+    failures = {}
+    for form, name in REPORTS.items():
+        try:
+            write_report([run], form, run.path / name)
+        # the records are safe, and a form that fails must not take the others with it
+        except Exception as error:
+            failures[form] = f"{type(error).__name__}: {error}"
+    return failures

@@ -1,0 +1,223 @@
+"""What the commands print, as plain tables of text: cases, endings, checks, kernels, machine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsa_bench.record import Case, KernelTime, Record, StageTime
+from dsa_bench.reports.units import (
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    format_seconds,
+    format_share,
+)
+from dsa_bench.stats import median
+from dsa_bench.sweep import Planned, format_size, shipped, summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTable:
+    """A table of text, ready to be drawn."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    right: frozenset[str] = frozenset()
+    """Columns of numbers."""
+
+
+def case_label(case: Case) -> str:
+    """One line that names a case: `decode dsa L=8k q=1 k=2k fp8 batch=32 (triton+gluon)`."""
+    parts = [case.phase, case.op, f"L={format_size(case.seq_len_kv)}"]
+    parts.append(f"q={format_size(case.seq_len_q)}")
+    if case.topk is not None:
+        parts.append(f"k={format_size(case.topk)}")
+    parts.append(case.precision)
+    if case.phase == "decode":
+        parts.append(f"batch={case.batch_size}")
+    return f"{' '.join(parts)} ({case.impl_label})"
+
+
+def ending(record: Record) -> str:
+    """How a case ended: `ok 3.21 ms`, or the status with its reason."""
+    if record.time and record.time.seconds:
+        return f"{record.status} {format_seconds(median(record.time.seconds))}"
+    return f"{record.status}: {record.reason}" if record.reason else record.status
+
+
+def plan(planned: Sequence[Planned]) -> TextTable:
+    """The cases that a run would take."""
+    head = ("phase", "operator", "implementation", "L", "k", "precision", "batch", "queries",
+            "heads", "skipped because")  # fmt: skip
+    rows = tuple(
+        (
+            *(item.case.phase, item.case.op, item.case.impl_label),
+            format_size(item.case.seq_len_kv),
+            "" if item.case.topk is None else format_size(item.case.topk),
+            *(item.case.precision, str(item.case.batch_size)),
+            *(format_size(item.case.seq_len_q), str(item.case.num_heads), item.reason),
+        )
+        for item in planned
+    )
+    skipped = sum(1 for item in planned if item.reason)
+    note = f"to run: {len(rows) - skipped}, skipped: {skipped}"
+    numbers = frozenset({"L", "k", "batch", "queries", "heads"})
+    return TextTable(title="plan", head=head, rows=rows, notes=(note,), right=numbers)
+
+
+def checks(records: Sequence[Record]) -> TextTable:
+    """The verdict on each case, with the figure nearest to its limit."""
+    rows = tuple((case_label(r.case), r.status, closest_figure(r.gate), r.reason) for r in records)
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record.status] = counts.get(record.status, 0) + 1
+    note = ", ".join(f"{count} {status}" for status, count in counts.items())
+    head = ("case", "status", "nearest to its limit", "reason")
+    return TextTable(title="check", head=head, rows=rows, notes=(note,))
+
+
+def closest_figure(gate: Mapping[str, Any]) -> str:
+    """`out max_abs 0.0004 of 0.001`: the figure that uses most of what it may."""
+    found: list[tuple[float, str]] = []
+    for check in gate.get("checks", ()):
+        for name, limit in check["limits"].items():
+            figure = check["figures"].get(name)
+            if figure is not None and (figure or limit):
+                share = figure / limit if limit else float("inf")
+                found.append((share, f"{check['name']} {name} {figure:.3g} of {limit:.3g}"))
+    return max(found)[1] if found else ""
+
+
+def profile(record: Record, traces: Path) -> tuple[TextTable, ...]:
+    """Stages, kernels and memory of one profiled case, and where its trace lies."""
+    title = case_label(record.case)
+    if record.status != "ok":
+        return (TextTable(title=title, head=("status",), rows=((ending(record),),)),)
+    trace = traces / f"{record.case.key}.trace.json.gz"
+    timeline = traces / f"{record.case.key}.memory.csv"
+    notes = tuple(
+        f"{what}: {path}"
+        for what, path in (("chrome trace", trace), ("memory timeline", timeline))
+        if path.exists()
+    )
+    return (
+        _stage_table(title, record.stages),
+        _kernel_table(record.kernels, record.stages),
+        TextTable(title="memory", head=("what", "bytes"), rows=_memory_rows(record),
+                  notes=notes, right=frozenset({"bytes"})),
+    )  # fmt: skip
+
+
+def _stage_table(title: str, stages: Sequence[StageTime]) -> TextTable:
+    total = sum(stage.seconds for stage in stages)
+    rows = tuple(
+        (s.name, s.impl, format_seconds(s.seconds), format_share(_share(s.seconds, total)))
+        for s in stages
+    )
+    numbers = frozenset({"time", "share"})
+    head = ("stage", "implementation", "time", "share")
+    return TextTable(title=title, head=head, rows=rows, right=numbers)
+
+
+def _kernel_table(kernels: Sequence[KernelTime], stages: Sequence[StageTime]) -> TextTable:
+    # of all stages: a record keeps the longest kernels alone
+    total = sum(stage.seconds for stage in stages)
+    order = list(dict.fromkeys(part for s in (stages, kernels) for part in _stage_names(s)))
+    listed = sorted(kernels, key=lambda k: (order.index(k.stage), -k.seconds))
+    rows = tuple(
+        (k.stage, k.name, f"{k.calls:g}", format_seconds(k.seconds),
+         format_share(_share(k.seconds, total)))
+        for k in listed
+    )  # fmt: skip
+    head = ("stage", "kernel", "calls", "time", "share")
+    return TextTable(
+        title="kernels", head=head, rows=rows, right=frozenset({"calls", "time", "share"})
+    )
+
+
+def _stage_names(parts: Sequence[StageTime | KernelTime]) -> list[str]:
+    return [part.name if isinstance(part, StageTime) else part.stage for part in parts]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _memory_rows(record: Record) -> tuple[tuple[str, str], ...]:
+    if record.memory is None:
+        return ()
+    names = ("input", "output", "workspace", "peak", "predicted")
+    return tuple((name, format_bytes(getattr(record.memory, f"{name}_bytes"))) for name in names)
+
+
+def inventory(device: str) -> dict[str, Any]:
+    """What `list` shows, as JSON."""
+    from dsa_bench import machine, registry
+    from dsa_bench.preset import PRESETS
+
+    return {
+        "implementations": registry.list_rows(machine.detect(device)),
+        "presets": [
+            {
+                "preset": preset.name,
+                "num_heads": preset.num_heads,
+                "head_dim_qk": preset.head_dim_qk,
+                "head_dim_v": preset.head_dim_v,
+                "index_heads": preset.index_heads,
+                "index_dim": preset.index_dim,
+                "num_layers": preset.num_layers,
+            }
+            for preset in PRESETS.values()
+        ],
+        "sweeps": [{"sweep": name, "summary": summary(path)} for name, path in shipped().items()],
+    }
+
+
+def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
+    """The same for people."""
+    operators = tuple(
+        (
+            *(row["operator"], ", ".join(row["phases"]), row["implementation"]),
+            "yes" if row["available"] else row["reason"],
+        )
+        for row in found["implementations"]
+    )
+    return (
+        TextTable(
+            title="operators",
+            head=("operator", "phases", "implementation", "runs here"),
+            rows=operators,
+        ),
+        _rows_table("presets", found["presets"]),
+        _rows_table("sweeps", found["sweeps"]),
+    )
+
+
+def diagnosis(device: str) -> dict[str, Any]:
+    """What `doctor` shows, as JSON."""
+    from dsa_bench import machine
+
+    found = machine.detect(device)
+    return {"rows": machine.doctor_rows(found), "ceilings": machine.measure_ceilings(found)}
+
+
+def diagnosis_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
+    """The same for people."""
+    ceilings = [
+        {"ceiling": name.rpartition("_per_")[0].replace("_", " "),
+         "measured": format_bandwidth(value) if "bytes" in name else format_flops(value)}
+        for name, value in found["ceilings"].items()
+    ]  # fmt: skip
+    return _rows_table("machine", found["rows"]), _rows_table("ceilings", ceilings)
+
+
+def _rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> TextTable:
+    head = tuple(dict.fromkeys(key for row in rows for key in row))
+    return TextTable(
+        title=title,
+        head=head,
+        rows=tuple(tuple(str(row.get(key, "")) for key in head) for row in rows),
+    )

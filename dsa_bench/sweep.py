@@ -1,0 +1,352 @@
+"""What a person wants measured: axes and their grammar, sweep files (TOML), the product of axes.
+
+A size is an integer with an optional suffix: `512`, `8k` (k = 1024), `1m` (m = 1024²). An axis
+takes a list `a,b,c` whose items are sizes or ranges: `4k:128k:x2` multiplies from start to stop,
+`1k:8k:+1k` adds; the stop is included where the range meets it. A sweep is built from layers, later
+ones winning: defaults, file, command line. A file may hold tables `[prefill]` and `[decode]` with
+axes for that phase alone. Nothing here knows torch.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsa_bench.operator import Operator, UsageError
+from dsa_bench.preset import PRESETS
+from dsa_bench.record import PHASES, Case
+
+PRECISIONS = ("bf16", "fp8")
+SUFFIXES = {"k": 1024, "m": 1024**2}
+# a slip such as 1:1m:+1 would otherwise plan a million cases
+MAX_VALUES = 1000
+SIZES_HINT = "sizes like 4k,8k or a range like 4k:128k:x2 or 1k:8k:+1k"
+SIZE_AXES = ("seq_len_kv", "topk", "batch_size", "seq_len_q", "num_heads")
+AXES = (*SIZE_AXES, "precision")
+SWEEP_FOLDER = Path(__file__).parent / "sweeps"
+
+FLAGS = {
+    "op": "--op",
+    "impl": "--impl",
+    "phase": "--phase",
+    "seq_len_kv": "-L",
+    "topk": "-k",
+    "precision": "--precision",
+    "batch_size": "--batch",
+    "seq_len_q": "--seq-len-q",
+    "num_heads": "--heads",
+    "preset": "--preset",
+    "seed": "--seed",
+}
+"""Key of a sweep file -> the flag that overrides it."""
+
+DEFAULTS: Mapping[str, Any] = {
+    "op": "dsa,dense_attention",
+    "impl": "auto",
+    "phase": "prefill,decode",
+    "seq_len_kv": "4k:128k:x2",
+    "topk": 2048,
+    "precision": "bf16",
+    "preset": "v3.2",
+    "seed": 0,
+    "prefill": {"seq_len_q": "4k"},
+    "decode": {"seq_len_q": 1, "batch_size": 32},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axes:
+    """Values of the swept axes in one phase."""
+
+    seq_len_kv: tuple[int, ...]
+    seq_len_q: tuple[int, ...]
+    topk: tuple[int, ...]
+    precision: tuple[str, ...]
+    batch_size: tuple[int, ...] = (1,)
+    """Decode alone; a prefill case is a chunk of one sequence."""
+    num_heads: tuple[int, ...] = ()
+    """Empty: as many as the preset has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One source of settings; its errors begin with its name (empty: the command line)."""
+
+    source: str
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Resolved values of one sweep; the product of its axes are the cases."""
+
+    name: str
+    ops: tuple[str, ...]
+    impls: tuple[str, ...]
+    """Items of --impl: `auto`, `name`, or `operator=name`."""
+    phases: Mapping[str, Axes]
+    preset: str
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """One case of a run."""
+
+    case: Case
+    reason: str = ""
+    """Why it will be skipped; empty: it runs."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"case": self.case.to_json(), "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Planned":
+        return cls(case=Case.from_json(data["case"]), reason=data.get("reason", ""))
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is none of the known ones, with the nearest of them."""
+    listed = tuple(known)
+    near = difflib.get_close_matches(name, listed, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(listed)}"
+    return UsageError(f"{what} '{name}' is unknown; {hint}")
+
+
+def parse_size(text: str) -> int:
+    """`8k` -> 8192; ValueError where it isn't a positive size."""
+    digits, factor = text.strip().lower(), 1
+    if digits and digits[-1] in SUFFIXES:
+        digits, factor = digits[:-1], SUFFIXES[digits[-1]]
+    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
+        raise ValueError(f"'{text.strip()}' isn't a positive size")
+    return int(digits) * factor
+
+
+def format_size(size: int) -> str:
+    """The shortest text that `parse_size` reads as `size`: 131072 -> `128k`."""
+    for suffix, factor in sorted(SUFFIXES.items(), key=lambda item: -item[1]):
+        if size % factor == 0:
+            return f"{size // factor}{suffix}"
+    return str(size)
+
+
+def parse_sizes(name: str, text: str) -> tuple[int, ...]:
+    """Values of an axis, in the order written, each once; UsageError if the text is malformed."""
+    try:
+        values = [value for item in text.split(",") for value in _item(item)]
+    except ValueError as error:
+        raise UsageError(f"{name} must be {SIZES_HINT}, got '{text}' ({error})") from None
+    return tuple(dict.fromkeys(values))
+
+
+def _item(text: str) -> Sequence[int]:
+    parts = text.split(":")
+    if len(parts) == 1:
+        return [parse_size(text)]
+    if len(parts) != 3 or parts[2].strip()[:1] not in ("x", "+"):
+        raise ValueError(f"'{text}' needs the form start:stop:xFACTOR or start:stop:+STEP")
+    start, stop, rule = parse_size(parts[0]), parse_size(parts[1]), parts[2].strip()
+    step = parse_size(rule[1:])
+    if stop < start:
+        raise ValueError(f"the stop of '{text}' is below its start")
+    if rule[0] == "x" and step == 1:
+        raise ValueError(f"the factor of '{text}' must be at least 2")
+    values, value = [], start
+    while value <= stop:
+        values.append(value)
+        if len(values) > MAX_VALUES:
+            raise ValueError(f"'{text}' has more than {MAX_VALUES} values")
+        value = value * step if rule[0] == "x" else value + step
+    return values
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    """Names from `a,b` or a list of names."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise UsageError(f"{name} must be names like a,b, got {value!r}")
+    words = tuple(dict.fromkeys(word.strip() for word in items))
+    if not all(words) or not words:
+        raise UsageError(f"{name} must be names like a,b, got {value!r}")
+    return words
+
+
+def _choices(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
+    words = _words(name, value)
+    for word in words:
+        if word not in known:
+            raise unknown(name, word, known)
+    return words
+
+
+def _sizes(name: str, value: Any) -> tuple[int, ...]:
+    """An axis from a file (integer, text, or a list of both) or from the command line (text)."""
+    items = value if isinstance(value, list) else [value]
+    if not items or any(isinstance(i, bool) or not isinstance(i, int | str) for i in items):
+        raise UsageError(f"{name} must be {SIZES_HINT}, got {value!r}")
+    return parse_sizes(name, ",".join(str(item) for item in items))
+
+
+def _parse(name: str, key: str, value: Any) -> Any:
+    """The value of one key of a layer; `name` is what an error calls it."""
+    if key in SIZE_AXES:
+        return _sizes(name, value)
+    if key == "precision":
+        return _choices(name, value, PRECISIONS)
+    if key == "phase":
+        return _choices(name, value, PHASES)
+    if key in ("op", "impl"):
+        return _words(name, value)
+    if key == "preset":
+        return _choices(name, value, tuple(PRESETS))[0]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UsageError(f"{name} must be a whole number from 0 on, got {value!r}")
+    return value
+
+
+def _name(layer: Layer, key: str) -> str:
+    return f"{layer.source}: {key}" if layer.source else FLAGS[key]
+
+
+def _settings(layer: Layer, phase: str) -> dict[str, Any]:
+    """Parsed values of a layer as they hold in one phase."""
+    own = layer.table.get(phase, {})
+    if not isinstance(own, Mapping):
+        raise UsageError(f"{layer.source}: [{phase}] must be a table of axes, got {own!r}")
+    for key in layer.table:
+        if key not in (*FLAGS, *PHASES, "summary"):
+            raise unknown(f"{layer.source}: key", key, (*FLAGS, *PHASES, "summary"))
+    for key in own:
+        if key not in AXES:
+            raise unknown(f"{layer.source}: axis", f"{phase}.{key}", [f"{phase}.{a}" for a in AXES])
+    shared = {key: layer.table[key] for key in layer.table if key in FLAGS}
+    both = {**shared, **own}
+    return {key: _parse(_name(layer, key), key, value) for key, value in both.items()}
+
+
+def resolve(name: str, *layers: Layer) -> Sweep:
+    """The sweep that these layers describe over the defaults; later layers win."""
+    stack = (Layer(source="defaults", table=DEFAULTS), *layers)
+    merged: dict[str, dict[str, Any]] = {phase: {} for phase in PHASES}
+    for layer in stack:
+        for phase in PHASES:
+            merged[phase] |= _settings(layer, phase)
+    common = merged[PHASES[0]]
+    names = {f.name for f in fields(Axes)}
+    return Sweep(
+        name=name,
+        ops=common["op"],
+        impls=common["impl"],
+        phases={
+            phase: Axes(**{key: value for key, value in merged[phase].items() if key in names})
+            for phase in common["phase"]
+        },
+        preset=common["preset"],
+        seed=common["seed"],
+    )
+
+
+def shipped() -> dict[str, Path]:
+    """Sweeps that come with the tool, by name."""
+    return {path.stem: path for path in sorted(SWEEP_FOLDER.glob("*.toml"))}
+
+
+def load(name: str) -> Layer:
+    """The layer of a shipped sweep's name or of a path to a TOML file."""
+    known = shipped()
+    path = known.get(name, Path(name))
+    if name not in known and path.suffix != ".toml":
+        raise unknown("sweep", name, known)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(
+            f"sweep file {name} doesn't exist (shipped sweeps: {', '.join(known)})"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"sweep file {name} can't be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name}: isn't valid TOML: {error}") from None
+    return Layer(source=name, table=table)
+
+
+def summary(path: Path) -> str:
+    """What a shipped sweep says of itself."""
+    return str(tomllib.loads(path.read_text(encoding="utf-8")).get("summary", ""))
+
+
+def cases(sweep: Sweep, operators: Mapping[str, Operator]) -> tuple[Case, ...]:
+    """The product of the axes, each case once, with impl `auto`.
+
+    L ascends before the operators change, so that a run that is cut short still compares them. An
+    axis that an operator lacks stands at its default (topk None, bf16, batch 1, the preset's
+    heads), and an operator makes no case in a phase it doesn't have.
+    """
+    made = {
+        case.key: case
+        for phase, axes in sweep.phases.items()
+        for seq_len_kv in axes.seq_len_kv
+        for op in sweep.ops
+        if phase in operators[op].phases
+        for case in _points(sweep, operators[op], phase, axes, seq_len_kv)
+    }
+    return tuple(made.values())
+
+
+def _points(
+    sweep: Sweep, operator: Operator, phase: str, axes: Axes, seq_len_kv: int
+) -> Iterator[Case]:
+    own = operator.axes
+    heads = axes.num_heads if "num_heads" in own else ()
+    product = itertools.product(
+        axes.topk if "topk" in own else (None,),
+        axes.precision if "precision" in own else ("bf16",),
+        axes.batch_size if "batch_size" in own and phase == "decode" else (1,),
+        axes.seq_len_q,
+        heads or (PRESETS[sweep.preset].num_heads,),
+    )
+    for topk, precision, batch_size, seq_len_q, num_heads in product:
+        yield Case(
+            op=operator.name,
+            impl="auto",
+            phase=phase,
+            seq_len_kv=seq_len_kv,
+            seq_len_q=seq_len_q,
+            topk=topk,
+            precision=precision,
+            batch_size=batch_size,
+            num_heads=num_heads,
+            preset=sweep.preset,
+            seed=sweep.seed,
+        )
+
+
+def reproduce(case: Case, *, device: str) -> str:
+    """The command that runs this one case again on such a device."""
+    if isinstance(case.impl, str):
+        impl = case.impl
+    else:
+        impl = ",".join(f"{stage}={name}" for stage, name in case.impl.items())
+    values = {
+        "op": case.op,
+        "impl": impl,
+        "phase": case.phase,
+        "seq_len_kv": format_size(case.seq_len_kv),
+        "topk": None if case.topk is None else format_size(case.topk),
+        "precision": case.precision,
+        "batch_size": format_size(case.batch_size),
+        "seq_len_q": format_size(case.seq_len_q),
+        "num_heads": str(case.num_heads),
+        "preset": case.preset,
+        "seed": str(case.seed) if case.seed else None,
+    }
+    flags = [f"{FLAGS[key]} {value}" for key, value in values.items() if value is not None]
+    return " ".join(("dsa-bench run", *flags, f"--device {device}"))
