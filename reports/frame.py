@@ -1,0 +1,187 @@
+"""Records as flat tables of cases, stages and kernels. The only place that flattens."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from dsa_bench.record import Record
+from dsa_bench.reports.units import clean
+from dsa_bench.stats import median, median_interval
+
+DEFAULT_GPU_HOUR_USD = 2.0
+"""Rental price that DeepSeek's own cost figure assumes; a run without a price takes it too."""
+
+AXES = (
+    "run_label",
+    "preset",
+    "op",
+    "impl",
+    "phase",
+    "topk",
+    "precision",
+    "batch_size",
+    "num_heads",
+    "chunk",
+    "seed",
+)
+"""What tells one line over L from another."""
+
+CASE_COLUMNS = (
+    *("run", "run_label", "machine", "device", "started", "gpu_hour_usd", "key"),
+    *("op", "impl", "phase", "seq_len_kv", "seq_len_q", "chunk", "topk", "precision"),
+    *("batch_size", "num_heads", "preset", "seed", "status", "reason", "flags"),
+    *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high"),
+    *("flops", "bytes_read", "bytes_written"),
+    *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes", "predicted_bytes"),
+    *("dense_error", "reproduce"),
+)
+STAGE_COLUMNS = ("run", "key", "stage", "impl", "seconds", "flops", "bytes_read", "bytes_written")
+KERNEL_COLUMNS = ("run", "key", "stage", "kernel", "calls", "seconds")
+
+
+class Run(Protocol):
+    """What a report needs of a run folder that was read."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def header(self) -> Mapping[str, Any]: ...
+    @property
+    def records(self) -> Sequence[Record]: ...
+
+
+def cases(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a case, in the order of the records; of a case that ended twice the last ending."""
+    labels = run_labels(runs)
+    made = [
+        _case_row(index, run, labels[index], record)
+        for index, run in enumerate(runs)
+        for record in _last_endings(run.records)
+    ]
+    table = pd.DataFrame(made, columns=list(CASE_COLUMNS))
+    table["chunk"] = _chunks(table)
+    return table
+
+
+def stages(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a stage of an `ok` case, in the order in which the stages run."""
+    made = [
+        {
+            **{"run": index, "key": record.case.key, "stage": clean(stage.name)},
+            **{"impl": clean(stage.impl), "seconds": stage.seconds, "flops": stage.flops},
+            **{"bytes_read": stage.bytes_read, "bytes_written": stage.bytes_written},
+        }
+        for index, run in enumerate(runs)
+        for record in _last_endings(run.records)
+        if record.status == "ok"
+        for stage in record.stages
+    ]
+    return pd.DataFrame(made, columns=list(STAGE_COLUMNS))
+
+
+def kernels(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a kernel of an `ok` case."""
+    made = [
+        {
+            **{"run": index, "key": record.case.key, "stage": clean(kernel.stage)},
+            **{"kernel": clean(kernel.name), "calls": kernel.calls, "seconds": kernel.seconds},
+        }
+        for index, run in enumerate(runs)
+        for record in _last_endings(run.records)
+        if record.status == "ok"
+        for kernel in record.kernels
+    ]
+    return pd.DataFrame(made, columns=list(KERNEL_COLUMNS))
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as dicts of column -> value."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """The machine's name; with the folder's name behind it where two runs share a machine."""
+    names = [machine_name(run.header) for run in runs]
+    count = Counter(names)
+    labels = [
+        name if count[name] == 1 else f"{name} ({clean(run.path.name)})"
+        for name, run in zip(names, runs, strict=True)
+    ]
+    seen = Counter(labels)
+    return [label if seen[label] == 1 else f"{label} #{i + 1}" for i, label in enumerate(labels)]
+
+
+def machine_name(header: Mapping[str, Any]) -> str:
+    """Name of the GPU, or of the CPU where that was measured."""
+    return clean(str(header.get("machine", {}).get("name") or "unknown machine"))
+
+
+def gpu_hour_usd(header: Mapping[str, Any]) -> float:
+    """Price of an hour of this machine in USD."""
+    value = header.get("options", {}).get("gpu_hour_usd")
+    return DEFAULT_GPU_HOUR_USD if value is None else float(value)
+
+
+def price_text(row: Any) -> str:
+    """`$2 per GPU-hour`; of a CPU it is the machine's hour."""
+    kind = "GPU" if row["device"] == "cuda" else "machine"
+    return f"${row['gpu_hour_usd']:g} per {kind}-hour"
+
+
+def _last_endings(records: Sequence[Record]) -> list[Record]:
+    last = {record.case.key: record for record in records}
+    return list(last.values())
+
+
+def _case_row(index: int, run: Run, label: str, record: Record) -> dict[str, Any]:
+    case, header = record.case, run.header
+    row: dict[str, Any] = {
+        **case.to_json(),
+        **{"run": index, "run_label": label, "machine": machine_name(header)},
+        "device": str(header.get("machine", {}).get("device") or ""),
+        "started": str(header.get("started") or ""),
+        "gpu_hour_usd": gpu_hour_usd(header),
+        **{"key": case.key, "impl": case.impl_label, "status": record.status},
+        **{"reason": record.reason, "flags": ", ".join(record.flags)},
+        "reproduce": record.reproduce,
+    }
+    row = {k: clean(v) if isinstance(v, str) else v for k, v in row.items()}
+    if record.status != "ok":
+        return row
+    if record.time and record.time.seconds:
+        low, high = median_interval(record.time.seconds)
+        row |= {"mode": record.time.mode, "stop": record.time.stop}
+        row |= {"samples": len(record.time.seconds), "seconds": median(record.time.seconds)}
+        row |= {"seconds_low": low, "seconds_high": high}
+    row |= {k: record.cost.get(k) for k in ("flops", "bytes_read", "bytes_written")}
+    if record.memory:
+        row |= {
+            f"{part}_bytes": getattr(record.memory, f"{part}_bytes")
+            for part in ("peak", "input", "output", "workspace", "predicted")
+        }
+    row["dense_error"] = _dense_error(record.gate.get("dense_error"))
+    return row
+
+
+def _dense_error(value: Any) -> float | None:
+    """Relative L2 distance of the output from dense attention's, where the gate took it."""
+    if isinstance(value, Mapping):
+        value = value.get("relative_l2")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _chunks(table: pd.DataFrame) -> pd.Series:
+    """Queries of a prefill chunk; 0 for whole prompts, which form a line of their own over L.
+
+    A case whose queries are its whole prompt belongs to the chunked line if that line has the same
+    number of queries at another L (the first chunk of 4096 at L = 4096); else it is a whole prompt.
+    """
+    chunk = table["seq_len_q"].copy()
+    if table.empty:
+        return chunk
+    lengths = table.groupby(["run", "phase", "seq_len_q"])["seq_len_kv"].transform("nunique")
+    whole = (table["phase"] != "decode") & (table["seq_len_q"] == table["seq_len_kv"])
+    return chunk.mask(whole & (lengths == 1), 0)

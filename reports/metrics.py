@@ -1,0 +1,183 @@
+"""Columns that are derived where they are shown: each a name, unit, direction and formula."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from dsa_bench import cost
+from dsa_bench.preset import PRESETS
+from dsa_bench.reports import frame
+
+SHAPE = ("run", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads", "preset")
+"""A dense case is the opponent of a DSA case if these agree; ratios count only within one run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """One derived column of the table of cases."""
+
+    name: str
+    unit: str
+    better: str
+    """`lower` or `higher`; empty where neither is better."""
+    formula: str
+    compute: Callable[[pd.DataFrame], pd.Series]
+
+
+def cases(runs: Sequence[frame.Run]) -> pd.DataFrame:
+    """The table of cases with all derived columns."""
+    table = _add_dense(frame.cases(runs))
+    table["floor_seconds"] = _floor_seconds(table, runs)
+    for metric in METRICS:
+        table[metric.name] = metric.compute(table)
+    return table
+
+
+def stages(runs: Sequence[frame.Run], table: pd.DataFrame) -> pd.DataFrame:
+    """The table of stages with the axes of their cases, rates, and shares of the kernel time."""
+    # `op` and `impl` of the case are left out: a stage has its own implementation
+    axes = [a for a in frame.AXES if a not in ("op", "impl")]
+    keep = ["run", "key", "seq_len_kv", "seq_len_q", *axes]
+    cases_of = table.assign(
+        case_impl=table["impl"], case_op=table["op"], case_seconds=table["seconds"]
+    )
+    joined = frame.stages(runs).merge(
+        cases_of[[*keep, "case_impl", "case_op", "case_seconds"]], on=["run", "key"], how="inner"
+    )
+    total = joined.groupby(["run", "key"])["seconds"].transform("sum")
+    joined["share"] = joined["seconds"] / total.where(total > 0)
+    joined["flops_per_second"] = _rate(joined["flops"], joined["seconds"])
+    moved = joined["bytes_read"] + joined["bytes_written"]
+    joined["bytes_per_second"] = _rate(moved, joined["seconds"])
+    return joined
+
+
+def layers(preset: str) -> int | None:
+    """Layers of a model preset; None for one that this version does not know."""
+    known = PRESETS.get(preset)
+    return known.num_layers if known else None
+
+
+def ceilings(header: Mapping[str, Any]) -> dict[str, float]:
+    """Measured rates of the machine, under the names that `cost.floor_seconds` reads."""
+    found = {k: v for k, v in (header.get("ceilings") or {}).items() if isinstance(v, int | float)}
+    return {
+        f"{k}_per_second" if k.endswith("_flops") else k: float(v)
+        for k, v in found.items()
+        if v > 0
+    }
+
+
+def _rate(amount: pd.Series, seconds: pd.Series) -> pd.Series:
+    """Amount per second; missing where either is zero or missing."""
+    amount, seconds = pd.to_numeric(amount), pd.to_numeric(seconds)
+    return amount.where(amount > 0) / seconds.where(seconds > 0)
+
+
+def _add_dense(table: pd.DataFrame) -> pd.DataFrame:
+    """Beside each DSA case: time, interval and name of the fastest `ok` dense case of its shape."""
+    table["seconds"] = pd.to_numeric(table["seconds"])
+    dense = table[(table["op"] == "dense_attention") & table["seconds"].notna()]
+    best = dense.sort_values("seconds", kind="stable").drop_duplicates(list(SHAPE))
+    columns = {
+        "seconds": "dense_seconds",
+        "seconds_low": "dense_low",
+        "seconds_high": "dense_high",
+        "impl": "dense_impl",
+        "precision": "dense_precision",
+        "flags": "dense_flags",
+    }
+    beside = best[[*SHAPE, *columns]].rename(columns=columns)
+    merged = table.merge(beside, on=list(SHAPE), how="left", validate="many_to_one")
+    merged.loc[merged["op"] != "dsa", list(columns.values())] = None
+    for name in ("dense_seconds", "dense_low", "dense_high"):
+        merged[name] = pd.to_numeric(merged[name])
+    return merged
+
+
+def _floor_seconds(table: pd.DataFrame, runs: Sequence[frame.Run]) -> pd.Series:
+    limits = [ceilings(run.header) for run in runs]
+    floors = [_floor(row, limits[row["run"]]) for row in frame.rows(table)]
+    return pd.Series(floors, index=table.index, dtype="float64")
+
+
+def _floor(row: Mapping[str, Any], limits: Mapping[str, float]) -> float | None:
+    """Least time of one case; also the bf16 parts of a composition are held to the fp8 rate."""
+    needed = {name: row[name] for name in ("flops", "bytes_read", "bytes_written")}
+    if pd.isna(row["seconds"]) or any(pd.isna(v) for v in needed.values()):
+        return None
+    # below the fp8 rate that nobody measured, a floor would not be one
+    if row["precision"] == "fp8" and "fp8_flops_per_second" not in limits:
+        return None
+    return cost.floor_seconds(needed, limits, row["precision"])
+
+
+def _tokens(table: pd.DataFrame) -> pd.Series:
+    return table["seq_len_q"] * table["batch_size"]
+
+
+def _usd(table: pd.DataFrame) -> pd.Series:
+    values = [
+        cost.usd_per_million_tokens(per_token, num_layers=count, gpu_hour_usd=price)
+        if (count := layers(preset)) and pd.notna(per_token)
+        else None
+        for per_token, preset, price in zip(
+            table["seconds_per_token"], table["preset"], table["gpu_hour_usd"], strict=True
+        )
+    ]
+    return pd.Series(values, index=table.index, dtype="float64")
+
+
+METRICS = (
+    Metric(
+        name="tokens",
+        unit="",
+        better="",
+        formula="batch_size · seq_len_q: query tokens of one call",
+        compute=_tokens,
+    ),
+    Metric(
+        name="seconds_per_token",
+        unit="s",
+        better="lower",
+        formula="median seconds ÷ tokens, one layer",
+        compute=lambda t: t["seconds"] / t["tokens"],
+    ),
+    Metric(
+        name="usd_per_million_tokens",
+        unit="USD",
+        better="lower",
+        formula="USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶ (attention only)",
+        compute=_usd,
+    ),
+    Metric(
+        name="flops_per_second",
+        unit="FLOP/s",
+        better="higher",
+        formula="FLOPs of the valid entries ÷ median seconds",
+        compute=lambda t: _rate(t["flops"], t["seconds"]),
+    ),
+    Metric(
+        name="bytes_per_second",
+        unit="B/s",
+        better="higher",
+        formula="(bytes read + written, each once) ÷ median seconds",
+        compute=lambda t: _rate(t["bytes_read"] + t["bytes_written"], t["seconds"]),
+    ),
+    Metric(
+        name="speedup",
+        unit="×",  # noqa: RUF001
+        better="higher",
+        formula="seconds of the fastest ok dense attention (same shape, same run) ÷ seconds",
+        compute=lambda t: t["dense_seconds"] / t["seconds"],
+    ),
+    Metric(
+        name="floor_share",
+        unit="",
+        better="higher",
+        formula="floor ÷ seconds; floor = max(FLOPs ÷ matmul rate, bytes ÷ copy rate), measured",
+        compute=lambda t: t["floor_seconds"] / t["seconds"],
+    ),
+)

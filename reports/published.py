@@ -1,0 +1,77 @@
+"""DeepSeek's published costs of its service, as curves that can stand beside measured ones."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dsa_bench.reports import lines, units
+from dsa_bench.reports.chart import Point, Series
+
+COSTS = Path(__file__).parent / "data" / "published_costs.json"
+NUM_HEADS = 128
+"""Query heads of the model whose costs are published."""
+
+
+@cache
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
+    return data
+
+
+def is_comparable(panel: lines.Panel) -> bool:
+    """DeepSeek's figures are of a GPU, the full model, at a position (not over a whole prompt)."""
+    row = panel.rows.iloc[0]
+    full = row["preset"] == "v3.2" and row["num_heads"] == NUM_HEADS
+    return bool(full and row["device"] == "cuda" and row["chunk"] > 0)
+
+
+def series(panel: lines.Panel, gpu_hour_usd: float) -> tuple[Series, ...]:
+    """DeepSeek's curves at the L of this panel, less their value at L = 0, at this price."""
+    data = _data()
+    scale = gpu_hour_usd / data["gpu_hour_usd"]
+    measured = sorted({float(n) for n in panel.rows["seq_len_kv"]})
+    made = []
+    for curve in data["curves"]:
+        if curve["phase"] != panel.phase:
+            continue
+        vertices = [(float(x), float(y)) for x, y in curve["points"]]
+        end = vertices[-1][0]
+        xs = sorted(
+            {x for x in measured if x <= end} | {x for x, _ in vertices if x >= measured[0]}
+        )
+        ys = [scale * (interpolate(vertices, x) - vertices[0][1]) for x in xs]
+        made.append(
+            Series(
+                label=f"DeepSeek {curve['model']} (published)",
+                role="published_dense" if curve["attention"] == "dense" else "published_sparse",
+                style="dotted",
+                shape="line",
+                points=tuple(
+                    Point(x=x, y=y, text=units.format_usd(y)) for x, y in zip(xs, ys, strict=True)
+                ),
+            )
+        )
+    return tuple(one for one in made if one.points)
+
+
+def interpolate(vertices: Sequence[tuple[float, float]], x: float) -> float:
+    """Value at `x` of straight lines between vertices that ascend in x; constant beyond them."""
+    for (x0, y0), (x1, y1) in pairwise(vertices):
+        if x <= x1:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0)
+    return vertices[-1][1]
+
+
+def caption(gpu_hour_usd: float) -> str:
+    """What the published curves are, where they come from and what was done to them."""
+    data = _data()
+    price = f"${data['gpu_hour_usd']:g}"
+    scaled = f", scaled from {price}" if gpu_hour_usd != data["gpu_hour_usd"] else ""
+    return (
+        f"Dotted: DeepSeek's service on {data['gpu']} at ${gpu_hour_usd:g} per GPU-hour{scaled}, "
+        "whole model; its cost at L = 0 is taken off, so that what grows with L remains. "
+        f"Source: {data['source']}."
+    )

@@ -1,0 +1,239 @@
+"""Cases as rows of text: for the terminal, Markdown, CSV and JSON lines."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dsa_bench.reports import frame, units
+from dsa_bench.reports.digest import Digest, digest
+from dsa_bench.reports.lines import PHASE_RANKS
+
+FLAG_MARK = "⚑"
+"""Stands behind a time that is in doubt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One column of a table for people."""
+
+    name: str
+    title: str
+    text: Callable[[Any], str]
+    """Value of a cell -> its text."""
+    is_number: bool = True
+    optional: bool = False
+    """Left out of a table in which no row has a value, or all rows have the same."""
+    help: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table of text, ready to be drawn."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def _plain(value: Any) -> str:
+    return units.MISSING if units.is_missing(value) or value == "" else units.clean(str(value))
+
+
+COLUMNS = (
+    Column(name="run_label", title="machine", text=_plain, is_number=False, optional=True),
+    Column(name="phase", title="phase", text=_plain, is_number=False),
+    Column(name="preset", title="preset", text=_plain, is_number=False, optional=True),
+    Column(name="op", title="operator", text=_plain, is_number=False),
+    Column(name="impl", title="implementation", text=_plain, is_number=False),
+    Column(name="precision", title="precision", text=_plain, is_number=False),
+    Column(name="seq_len_kv", title="L", text=units.format_length, help="1K = 1024 tokens"),
+    Column(name="topk", title="k", text=units.format_number),
+    Column(name="batch_size", title="batch", text=units.format_number, optional=True),
+    Column(name="seq_len_q", title="queries", text=units.format_number, optional=True),
+    Column(name="num_heads", title="heads", text=units.format_number, optional=True),
+    Column(name="seed", title="seed", text=units.format_number, optional=True),
+    Column(name="status", title="status", text=_plain, is_number=False),
+    Column(name="seconds", title="time", text=units.format_seconds, help="median of one call"),
+    Column(name="spread", title="±", text=units.format_spread, help="half the 95 % interval"),
+    Column(name="speedup", title="speed-up", text=units.format_ratio, help="over fastest dense"),
+    Column(name="usd_per_million_tokens", title="$/M tokens", text=units.format_usd,
+           help="attention only"),
+    Column(name="flops_per_second", title="FLOP rate", text=units.format_flops),
+    Column(name="bytes_per_second", title="traffic", text=units.format_bandwidth),
+    Column(name="floor_share", title="of floor", text=units.format_share, optional=True,
+           help="least possible time ÷ time"),
+    Column(name="peak_bytes", title="peak memory", text=units.format_bytes),
+    Column(name="dense_error", title="error", text=units.format_error, optional=True,
+           help="relative L2 distance from dense attention"),
+    Column(name="reason", title="reason", text=_plain, is_number=False, optional=True),
+)  # fmt: skip
+
+TERMINAL_COLUMNS = (
+    *("run_label", "preset", "op", "impl", "precision", "seq_len_kv", "topk", "batch_size"),
+    *("num_heads", "status", "seconds", "spread", "speedup", "usd_per_million_tokens"),
+    *("flops_per_second", "bytes_per_second", "peak_bytes", "reason"),
+)
+
+CSV_COLUMNS = (
+    *("run_label", "started", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "topk"),
+    *("precision", "batch_size", "num_heads", "preset", "seed", "status", "reason", "flags"),
+    *("mode", "samples", "seconds", "seconds_low", "seconds_high", "tokens", "seconds_per_token"),
+    *("gpu_hour_usd", "usd_per_million_tokens", "speedup", "dense_impl", "dense_precision"),
+    *("flops", "bytes_read", "bytes_written", "flops_per_second", "bytes_per_second"),
+    *("floor_seconds", "floor_share", "peak_bytes", "input_bytes", "output_bytes"),
+    *("workspace_bytes", "predicted_bytes", "dense_error", "key", "reproduce"),
+)
+
+
+def terminal_rows(runs: Sequence[frame.Run]) -> tuple[Table, ...]:
+    """One table for each phase; texts are free of control characters."""
+    return phase_tables(digest(runs), TERMINAL_COLUMNS)
+
+
+def phase_tables(report: Digest, names: Sequence[str]) -> tuple[Table, ...]:
+    """One table for each phase with these columns, without the optional ones that say nothing."""
+    cases = sorted_cases(with_spread(report.cases))
+    return tuple(
+        _table(str(phase), rows, names) for phase, rows in cases.groupby("phase", sort=False)
+    )
+
+
+def with_spread(cases: pd.DataFrame) -> pd.DataFrame:
+    """The cases with the column `spread`: half the interval of the median as a share of it."""
+    half = (cases["seconds_high"] - cases["seconds_low"]) / 2
+    return cases.assign(spread=pd.to_numeric(half) / cases["seconds"])
+
+
+def sorted_cases(cases: pd.DataFrame) -> pd.DataFrame:
+    """By phase, L and batch; dense attention before DSA, then the fast before the slow."""
+    return cases.sort_values(
+        ["run", "phase", "seq_len_kv", "batch_size", "op", "topk", "seconds"],
+        kind="stable",
+        key=lambda values: (
+            values.map(PHASE_RANKS).fillna(len(PHASE_RANKS)) if values.name == "phase" else values
+        ),
+    )
+
+
+def visible_columns(rows: pd.DataFrame, names: Sequence[str]) -> tuple[Column, ...]:
+    """The columns of these names; an optional one only where it tells something."""
+    by_name = {column.name: column for column in COLUMNS}
+    return tuple(
+        by_name[name] for name in names if not by_name[name].optional or _tells(name, rows[name])
+    )
+
+
+def _tells(name: str, values: pd.Series) -> bool:
+    present = values[values.notna() & (values != "")]
+    is_axis = name in ("run_label", "preset", "batch_size", "seq_len_q", "num_heads", "seed")
+    return present.nunique() > (1 if is_axis else 0)
+
+
+def cell_text(column: Column, row: dict[str, Any]) -> str:
+    """The text of one cell; a time in doubt bears a mark."""
+    value = row[column.name]
+    text = units.MISSING if units.is_missing(value) else column.text(value)
+    marked = column.name == "seconds" and row["flags"] and not units.is_missing(value)
+    return f"{text} {FLAG_MARK}" if marked else text
+
+
+def _table(phase: str, rows: pd.DataFrame, names: Sequence[str]) -> Table:
+    columns = visible_columns(rows, names)
+    records = frame.rows(rows)
+    flagged = sorted({str(row["flags"]) for row in records if row["flags"]})
+    notes = [f"{FLAG_MARK} in doubt: {units.clean('; '.join(flagged))}"] if flagged else []
+    return Table(
+        title=units.clean(phase),
+        columns=columns,
+        rows=tuple(tuple(cell_text(c, row) for c in columns) for row in records),
+        notes=tuple(notes),
+    )
+
+
+def markdown(report: Digest) -> str:
+    """Headlines, one table a phase, and what the columns mean."""
+    parts = ["# dsa-bench report"]
+    parts += [f"**{escape_markdown(line)}**" for line in report.headlines]
+    names = [column.name for column in COLUMNS if column.name != "phase"]
+    for table in phase_tables(report, names):
+        parts.append(f"## {escape_markdown(table.title)}")
+        parts.append(_markdown_table(table))
+        parts += [escape_markdown(note) for note in table.notes]
+    parts.append(
+        "L: 1K = 1024 tokens. time: median of one call of one layer. ±: half the 95 % interval of "
+        "the median. "
+        "speed-up: over the fastest dense attention of the same shape in the same run. "
+        "$/M tokens: USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶, attention only."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def write_markdown(runs: Sequence[frame.Run], path: Path) -> None:
+    """Write the report as Markdown."""
+    path.write_text(markdown(digest(runs)), encoding="utf-8")
+
+
+def _markdown_table(table: Table) -> str:
+    head = [column.title for column in table.columns]
+    rule = ["---:" if column.is_number else "---" for column in table.columns]
+    body = [[escape_markdown(text) for text in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, links, HTML or table bars of its own."""
+    text = units.clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def csv_text(report: Digest) -> str:
+    """All cases with raw numbers in SI units; a ' quotes texts that a spreadsheet would run."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in frame.rows(report.cases):
+        writer.writerow([_csv_cell(row[name]) for name in CSV_COLUMNS])
+    return out.getvalue()
+
+
+def write_csv(runs: Sequence[frame.Run], path: Path) -> None:
+    """Write all cases as CSV."""
+    path.write_text(csv_text(digest(runs)), encoding="utf-8")
+
+
+def _csv_cell(value: Any) -> str:
+    if units.is_missing(value):
+        return ""
+    if isinstance(value, str):
+        text = units.clean(value)
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.9g}"
+
+
+def json_lines(report: Digest) -> str:
+    """All cases, one JSON object a line; what is missing is null."""
+    lines = []
+    for row in frame.rows(report.cases):
+        plain = {name: _json_value(row[name]) for name in CSV_COLUMNS}
+        lines.append(json.dumps(plain, ensure_ascii=False))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _json_value(value: Any) -> Any:
+    if units.is_missing(value):
+        return None
+    if isinstance(value, str):
+        return value
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number
