@@ -1,0 +1,366 @@
+"""The command line: exit codes, sentences, what goes to stdout and stderr, what is loaded."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsa_bench import cli, job, probe, registry, sweep
+from dsa_bench.operator import Machine, UsageError
+from dsa_bench.record import Case, Record
+from dsa_bench.runner import Progress
+from dsa_bench.store import Run, create_run, open_writer, read_run
+from tests import fake_worker
+from tests.test_plan import offer
+from tests.test_sweep import operator
+
+ROOT = Path(__file__).parents[1]
+WAYS = ("fine", "wrong", "exits")
+Call = Callable[..., tuple[int, str, str]]
+
+
+def fake_probe(device: str, *, with_ceilings: bool) -> probe.Probe:
+    if device == "tpu":
+        raise UsageError("device 'tpu' is unknown; known: auto, cuda, cpu")
+    if device == "cuda":
+        raise UsageError("torch sees no CUDA device (pass --device cpu)")
+    facts = {"machine": {"device": "cpu", "name": "Test CPU"}, "versions": {}, "git": {}}
+    ceilings = {"copy_bytes_per_second": 1e9} if with_ceilings else {}
+    machine = Machine(device="cpu", name="Test CPU")
+    return probe.Probe(machine=machine, header={**facts, "ceilings": ceilings})
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Call:
+    """Runs a command in an empty folder, with fake operators, workers and reports."""
+    catalogue = registry.Catalogue(
+        operators={way: operator(way, "topk") for way in WAYS},
+        implementations={way: offer(reference=-1000, triton=1) for way in WAYS},
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "catalogue", lambda: catalogue)
+    monkeypatch.setattr(probe, "probe", fake_probe)
+    start = functools.partial(job.execute, start=fake_worker.start_at)
+    monkeypatch.setattr(job, "execute", start)
+    monkeypatch.setattr(job, "write_all_reports", lambda run: {})
+    monkeypatch.setattr("dsa_bench.cli.terminal.print_report", lambda runs: print("the report"))
+    for name in ("DSA_BENCH_DEVICE", "DSA_BENCH_GPU_HOUR_USD"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dsa-bench", *words])
+        code = cli.call(words)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+ONE = ("--op", "fine", "--phase", "decode", "-L", "4k", "-k", "512")
+
+
+def test_run_saves_records_and_ends_with_report_and_path(call: Call, tmp_path: Path) -> None:
+    code, out, err = call("run", *ONE, "-o", "r")
+    assert code == 0
+    assert out.splitlines() == ["the report", "r/report.html"]
+    assert err == "[1/1] decode fine L=4k q=1 k=512 bf16 batch=1 (triton)  ok 1.00 ms\n"
+    run = read_run(tmp_path / "r")
+    assert [record.status for record in run.records] == ["ok"]
+    assert run.header["argv"] == ["run", *ONE, "-o", "r"]
+    assert run.header["options"]["gpu_hour_usd"] == 2.0
+    assert run.header["ceilings"] == {"copy_bytes_per_second": 1e9}
+    assert run.header["sweep"]["phases"]["decode"]["topk"] == [512]
+
+
+def test_run_json_prints_the_records_alone(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("run", *ONE, "-o", "r", "--json")
+    assert code == 0
+    (line,) = out.splitlines()
+    assert Record.from_json(json.loads(line)) == read_run(tmp_path / "r").records[0]
+
+
+def test_run_names_its_folder_after_time_and_machine(call: Call, tmp_path: Path) -> None:
+    assert call("run", *ONE)[0] == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert re.fullmatch(r"\d{8}T\d{6}Z-test-cpu", folder.name)
+
+
+@pytest.mark.parametrize(("op", "code"), [("fine", 0), ("fine,wrong", 3), ("exits", 3)])
+def test_run_exit_code_tells_whether_a_case_failed(call: Call, op: str, code: int) -> None:
+    assert call("run", "--op", op, "--phase", "decode", "-L", "4k", "-o", "r")[0] == code
+
+
+def test_skipped_case_is_no_failure_and_needs_no_worker(call: Call, tmp_path: Path) -> None:
+    axes = ("--phase", "decode", "-L", "512", "-k", "1k")
+    code, _, err = call("run", "--op", "fine", *axes, "-o", "r")
+    assert code == 0
+    assert "skipped: topk 1024 is more than the 512 keys there are" in err
+    assert not (tmp_path / "r" / "worker.log").exists()
+
+
+def test_plan_shows_the_cases_and_writes_nothing(call: Call, tmp_path: Path) -> None:
+    words = ("run", "--op", "fine", "--phase", "decode", "-L", "512,1k", "-k", "1k", "--plan")
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    assert "to run: 1, skipped: 1" in out
+    assert "topk 1024 is more than the 512 keys there are" in out
+    assert "\x1b" not in out
+    assert list(tmp_path.iterdir()) == []
+    lines = [json.loads(line) for line in call(*words, "--json")[1].splitlines()]
+    assert [line["case"]["seq_len_kv"] for line in lines] == [512, 1024]
+
+
+def test_resume_takes_what_has_not_ended(call: Call, tmp_path: Path) -> None:
+    words = ("run", "--op", "fine,wrong,exits", *ONE[2:], "-o", "r")
+    assert call(*words)[0] == 3
+    file = tmp_path / "r" / "records.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    header = (tmp_path / "r" / "run.json").read_bytes()
+    # the first case ended, the second line is torn, the third case failed
+    file.write_bytes(lines[0] + lines[1][:-30])
+    assert read_run(tmp_path / "r").torn
+    code, _, err = call("run", "--resume", "r")
+    assert code == 3
+    assert [line.split()[2] for line in err.splitlines()] == ["wrong", "exits"]
+    run = read_run(tmp_path / "r")
+    assert [(r.case.op, r.status) for r in run.records] == [
+        ("fine", "ok"), ("wrong", "wrong"), ("exits", "failed")
+    ]  # fmt: skip
+    assert (tmp_path / "r" / "run.json").read_bytes() == header
+    assert [line.split()[2] for line in call("run", "--resume", "r")[2].splitlines()] == ["exits"]
+
+
+def test_interrupted_run_says_how_to_go_on(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inner = job.execute
+
+    def execute(ready: job.Job, tell: Callable[[Progress], None]) -> tuple[Run, bool]:
+        def interrupting(progress: Progress) -> None:
+            if progress.index == 1 and progress.phase == "gate":
+                raise KeyboardInterrupt
+            tell(progress)
+
+        return inner(ready, interrupting)
+
+    monkeypatch.setattr(job, "execute", execute)
+    axes = ("--phase", "decode", "-L", "4k:16k:x2", "-k", "64")
+    code, _, err = call("run", "--op", "fine", *axes, "-o", "r")
+    assert code == 130
+    assert "dsa-bench: stopped; go on with dsa-bench run --resume r" in err
+    statuses = [record.status for record in read_run(tmp_path / "r").records]
+    assert statuses == ["ok", "interrupted"]
+    monkeypatch.setattr(job, "execute", inner)
+    assert call("run", "--resume", "r")[0] == 0
+    assert [r.status for r in read_run(tmp_path / "r").records] == ["ok", "ok", "ok"]
+
+
+def test_failed_report_keeps_the_results(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(job, "write_all_reports", lambda run: {"html": "KeyError: 'x'"})
+    code, _, err = call("run", *ONE, "-o", "r")
+    assert code == 0
+    assert "the html report failed: KeyError: 'x' (the records in r are safe)" in err
+    assert len(read_run(tmp_path / "r").records) == 1
+
+
+def test_check_keeps_nothing(call: Call, tmp_path: Path) -> None:
+    axes = ("--phase", "decode", "-L", "1k", "-k", "64", "--seq-len-q", "1")
+    code, out, _ = call("check", "--op", "fine,wrong", *axes)
+    assert code == 3
+    assert "1 ok, 1 wrong" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_takes_every_implementation_by_default(call: Call) -> None:
+    _, out, _ = call("check", "--op", "fine", "--json")
+    records = [Record.from_json(json.loads(line)) for line in out.splitlines()]
+    assert {record.case.impl for record in records} == {"triton"}
+    assert {json.loads(record.reason)[1] for record in records} == {"check"}
+
+
+def test_profile_asks_for_traces_of_a_few_cases(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("profile", *ONE, "-o", "p")
+    assert code == 0
+    (record,) = read_run(tmp_path / "p").records
+    _, verb, options = json.loads(record.reason)
+    assert (verb, options["trace_dir"]) == ("profile", str(tmp_path / "p" / "traces"))
+    assert "kernels" in out
+    code, _, err = call("profile", "--op", "fine", "-L", "1k:9k:+1k")
+    assert code == 2
+    assert "profile takes at most 8 cases, this selection has" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("run", "--op", "fien"), "unknown operator 'fien'; did you mean 'fine'?"),
+        (("run", "--op", "fine", "-L", "4k:8k"), "-L must be sizes like 4k,8k or a range"),
+        (("run", "--op", "fine", "--impl", "trition"), "implementation 'trition' is unknown; did"),
+        (("run", "--preset", "v3"), "--preset 'v3' is unknown; did you mean 'v3.2'?"),
+        (("run", "--phase", "decoed"), "--phase 'decoed' is unknown; did you mean 'decode'?"),
+        (("run", "smok"), "sweep 'smok' is unknown; did you mean 'smoke'?"),
+        (("run", "--device", "cuda"), "torch sees no CUDA device (pass --device cpu)"),
+        (("run", "--device", "tpu"), "device 'tpu' is unknown; known: auto, cuda, cpu"),
+        (("run", "--effort", "quik"), "--effort 'quik' is unknown; did you mean 'quick'?"),
+        (("run", "--bogus"), "No such option: --bogus"),
+        (("run", "--timeout", "0"), "Invalid value for '--timeout'"),
+        (("run", "--resume", "gone"), "gone doesn't exist (give the folder"),
+        (("run", "--resume", "gone", "-L", "4k"), "--resume takes its cases from the folder"),
+        (("report", "gone"), "gone doesn't exist (give the folder"),
+        (("report",), "Missing argument 'RUN...'"),
+        (("rnu",), "No such command 'rnu'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_2(
+    call: Call, tmp_path: Path, words: Sequence[str], sentence: str
+) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"dsa-bench: {sentence}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_overwrites_nothing(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.tex").write_text("x")
+    code, _, err = call("run", *ONE, "-o", "r")
+    assert code == 2
+    assert "r exists and isn't empty" in err
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["thesis.tex"]
+
+
+def test_folder_that_cannot_be_made_is_one_sentence(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    code, _, err = call("run", *ONE, "-o", "file/r")
+    assert (code, err) == (2, "dsa-bench: file/r: Not a directory\n")
+
+
+def saved_run(path: Path, *records: Record) -> None:
+    create_run(path, {"machine": {"name": "Test CPU", "device": "cpu"}, "options": {}})
+    with open_writer(path) as writer:
+        for record in records:
+            writer.append(record)
+
+
+def test_report_refuses_torn_and_empty_runs(call: Call, tmp_path: Path) -> None:
+    case = Case(op="fine", impl="triton", phase="decode", seq_len_kv=1, seq_len_q=1)
+    saved_run(tmp_path / "torn", Record(case=case, status="ok"), Record(case=case, status="ok"))
+    file = tmp_path / "torn" / "records.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    saved_run(tmp_path / "none")
+    before = file.read_bytes()
+    code, _, err = call("report", "torn", "--html", "page.html")
+    assert code == 2
+    assert "breaks off in its last line, after 1 cases (finish it with" in err
+    assert file.read_bytes() == before
+    code, _, err = call("report", "none", "--html", "page.html")
+    assert code == 2
+    assert "none has no records yet (finish it with dsa-bench run --resume none)" in err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_resume_refuses_another_machine(call: Call, tmp_path: Path) -> None:
+    assert call("run", *ONE, "-o", "r")[0] == 0
+    header = json.loads((tmp_path / "r" / "run.json").read_text())
+    header["machine"]["name"] = "Other CPU"
+    (tmp_path / "r" / "run.json").write_text(json.dumps(header))
+    code, _, err = call("run", "--resume", "r")
+    assert code == 2
+    assert "r was measured on Other CPU, this machine has Test CPU" in err
+
+
+def test_environment_variables_stand_for_options(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DSA_BENCH_GPU_HOUR_USD", "3.5")
+    assert call("run", *ONE, "-o", "r")[0] == 0
+    assert read_run(tmp_path / "r").header["options"]["gpu_hour_usd"] == 3.5
+
+
+def test_reproduce_is_read_as_the_same_case(call: Call) -> None:
+    case = Case(
+        op="fine", impl="triton", phase="decode", seq_len_kv=5000, seq_len_q=2, topk=2048,
+        preset="v3.2-cpu", num_heads=8, seed=3,
+    )  # fmt: skip
+    _, *words = shlex.split(sweep.reproduce(case, device="cpu"))
+    _, out, _ = call(*words, "--plan", "--json")
+    (line,) = [json.loads(text) for text in out.splitlines()]
+    assert Case.from_json(line["case"]) == dataclasses.replace(case)
+
+
+def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from dsa_bench import cli; assert cli.call(['run', '--help']) == 0;"
+        "heavy = {'torch', 'triton', 'numpy', 'pandas', 'matplotlib', 'rich', 'jinja2', 'altair'};"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = python("-c", code)
+    assert done.stderr == "[]\n"
+    assert "--gpu-hour-usd" in done.stdout
+
+
+def test_bare_command_prints_help_and_version_prints_itself() -> None:
+    done = python("-m", "dsa_bench")
+    assert done.returncode == 0
+    assert all(f"\n  {verb} " in done.stdout for verb in ("run", "profile", "check", "doctor"))
+    assert re.fullmatch(r"\d+\.\d+.*\n", python("-m", "dsa_bench", "--version").stdout)
+
+
+def test_tiny_sweep_end_to_end(tmp_path: Path) -> None:
+    """The real operators, worker and reports, on the CPU."""
+    tiny = tmp_path / "tiny.toml"
+    tiny.write_text(
+        'preset = "v3.2-cpu"\nphase = "decode"\nseq_len_kv = 256\ntopk = 64\n'
+        "[decode]\nbatch_size = 1\n"
+    )
+    folder = tmp_path / "r"
+    done = python("-m", "dsa_bench", "run", str(tiny), "--device", "cpu", "-o", str(folder))
+    assert done.returncode == 0, done.stderr
+    run = read_run(folder)
+    assert {r.case.op: r.status for r in run.records} == {"dsa": "ok", "dense_attention": "ok"}
+    assert all(r.time and r.memory and r.stages for r in run.records)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"report.html", "figures", "report.md", "report.csv"}
+    assert done.stdout.splitlines()[-1] == str(folder / "report.html")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert any(line.startswith("On ") and "DSA" in line for line in done.stdout.splitlines())
+
+
+def call_json(*words: str) -> Any:
+    done = python("-m", "dsa_bench", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_list_names_operators_presets_and_sweeps() -> None:
+    found = call_json("list", "--device", "cpu")
+    assert {"dsa", "dense_attention"} <= {row["operator"] for row in found["implementations"]}
+    assert {row["preset"] for row in found["presets"]} >= {"v3.2", "v3.2-cpu"}
+    assert {row["sweep"] for row in found["sweeps"]} == set(sweep.shipped())
+
+
+def test_doctor_measures_the_ceilings() -> None:
+    found = call_json("doctor", "--device", "cpu")
+    assert all(value > 0 for value in found["ceilings"].values())
+    assert found["rows"][0]["item"] == "device"

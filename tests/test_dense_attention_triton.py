@@ -1,0 +1,89 @@
+"""The Triton kernels of dense attention and of the merge, interpreted on the CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dsa_bench.baselines import dense_attention_triton as kernels
+from dsa_bench.baselines import merge
+from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape, DenseOutputs
+
+pytestmark = pytest.mark.interpret
+
+
+def make(phase, seq_len_q, seq_len_kv, num_heads, batch_size=1, sharpness=1):
+    width = (192, 128) if phase == "prefill" else (576, 512)
+    shape = DenseAttentionShape(
+        phase=phase, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, batch_size=batch_size,
+        num_heads=num_heads, head_dim_qk=width[0], head_dim_v=width[1],
+    )  # fmt: skip
+    inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
+    return dataclasses.replace(inputs, q=(inputs.q.float() * sharpness).bfloat16())
+
+
+def assert_right(inputs, outputs):
+    for check in OPERATOR.check(inputs, outputs):
+        assert check.passed, check
+
+
+@pytest.mark.parametrize("sharpness", [1, 30])
+@pytest.mark.parametrize(
+    ("seq_len_q", "seq_len_kv", "num_heads"),
+    [(1, 1, 1), (1, 200, 2), (100, 100, 1), (128, 256, 1), (130, 333, 3), (65, 64 + 65, 1)],
+)
+def test_prefill_matches_the_reference(seq_len_q, seq_len_kv, num_heads, sharpness):
+    inputs = make("prefill", seq_len_q, seq_len_kv, num_heads, sharpness=sharpness)
+    config = kernels.PrefillConfig(heads_together=2)
+    outputs = kernels.prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale, config=config)
+    assert_right(inputs, outputs)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len_q", "seq_len_kv", "num_heads"),
+    [(1, 1, 1, 16), (2, 1, 200, 70), (1, 4, 70, 40), (2, 2, 128, 16)],
+)
+def test_decode_matches_the_reference(batch_size, seq_len_q, seq_len_kv, num_heads, num_splits):
+    inputs = make("decode", seq_len_q, seq_len_kv, num_heads, batch_size, sharpness=10)
+    config = kernels.DecodeConfig(num_splits=num_splits)
+    outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
+    assert_right(inputs, outputs)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # in that next one
+def test_keys_of_the_next_sequence_do_not_leak():
+    inputs = make("decode", 1, 70, 16, batch_size=2)
+    inputs.kv[1] = float("nan")
+    outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale)
+    rows = torch.tensor([0])
+    assert all(check.passed for check in OPERATOR.check(inputs, outputs, rows=rows))
+
+
+def test_run_takes_both_forms():
+    for inputs in (make("prefill", 5, 9, 1), make("decode", 1, 9, 16)):
+        assert_right(inputs, kernels.run(inputs))
+
+
+def test_merge_kernel_matches_torch():
+    generator = torch.Generator().manual_seed(0)
+    # strides as cuDNN leaves them: heads before rows
+    parts = [torch.randn(3, 11, 128, generator=generator).bfloat16() for _ in range(2)]
+    out_a, out_b = (x.transpose(0, 1) for x in parts)
+    lse_a, lse_b = torch.randn(2, 3, 11, generator=generator).mul(3).transpose(1, 2)
+    expected_out, expected_lse = merge.merge_by_lse(out_a, lse_a, out_b, lse_b)
+    actual = DenseOutputs(torch.empty(11, 3, 128).bfloat16(), torch.empty(11, 3))
+    merge.launch_merge(out_a, lse_a, out_b, lse_b, *actual)
+    torch.testing.assert_close(actual.out, expected_out, rtol=1 / 128, atol=1e-6)
+    torch.testing.assert_close(actual.lse, expected_lse)
+
+
+def test_arguments_are_checked():
+    inputs = make("decode", 1, 9, 16)
+    with pytest.raises(TypeError, match="kv must be bfloat16"):
+        kernels.decode(inputs.q, inputs.kv.float(), sm_scale=1.0)
+    with pytest.raises(ValueError, match=r"kv must be contiguous, got strides"):
+        kernels.decode(inputs.q, inputs.kv.repeat(1, 2, 1)[:, ::2], sm_scale=1.0)
+    inputs = make("prefill", 4, 9, 2)
+    with pytest.raises(ValueError, match=r"v must be bfloat16 \[seq_len_kv=9, num_heads=2"):
+        kernels.prefill(inputs.q, inputs.k, inputs.v[:8], sm_scale=1.0)

@@ -1,0 +1,188 @@
+"""Which implementations a selection takes, and which cases are skipped before they run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from dsa_bench import plan, registry, sweep
+from dsa_bench.operator import Implementation, Machine, Operator, Unsupported, UsageError
+from dsa_bench.sweep import Layer, Planned
+from tests.test_sweep import operator
+
+MACHINE = Machine(device="cpu", name="test")
+H100 = Machine(
+    device="cuda",
+    name="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    num_sms=132,
+    memory_bytes=80 * 2**30,
+    l2_bytes=50 * 2**20,
+)
+STAGES = ("indexer", "topk")
+
+
+def shape(case: Any, preset: Any) -> Any:
+    if case.seq_len_q > case.seq_len_kv:
+        raise Unsupported("the chunk is longer than L")
+    return case
+
+
+def composed(name: str, *axes: str) -> Operator:
+    return dataclasses.replace(
+        operator(name, *axes),
+        shape=shape,
+        stages=lambda phase: STAGES,
+        stage_shapes=lambda shape: dict.fromkeys(STAGES, shape),
+    )
+
+
+def offer(**priorities: int) -> Mapping[str, Implementation]:
+    """Implementations by name, lowest priority first; a negative priority runs nowhere here."""
+    made = [
+        Implementation(
+            name=name,
+            run=lambda inputs: inputs,
+            priority=priority,
+            supports=lambda s, m, p=priority: "not here" if p < 0 and p != -1000 else None,  # type: ignore[misc]
+        )
+        for name, priority in priorities.items()
+    ]
+    return {i.name: i for i in sorted(made, key=lambda i: i.priority)}
+
+
+Plan = Callable[..., tuple[Planned, ...]]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plans a table of settings over a catalogue of fakes."""
+    operators = {
+        "dsa": composed("dsa", "topk"),
+        "dense_attention": dataclasses.replace(operator("dense_attention"), shape=shape),
+        "indexer": dataclasses.replace(operator("indexer"), shape=shape),
+        "topk": dataclasses.replace(operator("topk", "topk"), shape=shape),
+        "chunks": operator("chunks", phases=("prefill",)),
+    }
+    fake = registry.Catalogue(
+        operators=operators,
+        implementations={
+            "dsa": offer(reference=-1000),
+            "dense_attention": offer(reference=-1000, sdpa=1, triton=2, flash_attn_3=-1),
+            "indexer": offer(reference=-1000, triton=1, gluon=2),
+            "topk": offer(reference=-1000, gluon=1),
+            "chunks": offer(reference=-1000),
+        },
+    )
+    monkeypatch.setattr(registry, "catalogue", lambda: fake)
+
+    def make(**table: Any) -> tuple[Planned, ...]:
+        base = {"phase": "decode", "seq_len_kv": "4k"}
+        layer = Layer(source="", table=base | table)
+        return plan.plan(sweep.resolve("test", layer), MACHINE)
+
+    return make
+
+
+def impls(items: tuple[Planned, ...], op: str) -> list[Any]:
+    return [item.case.impl for item in items if item.case.op == op and not item.reason]
+
+
+def test_auto_is_the_best_of_each_stage_and_every_dense_attention_that_runs(planned: Plan) -> None:
+    items = planned()
+    assert impls(items, "dsa") == [{"indexer": "gluon", "topk": "gluon"}]
+    assert impls(items, "dense_attention") == ["triton", "sdpa"]
+
+
+def test_all_is_every_implementation_even_one_that_cannot_run(planned: Plan) -> None:
+    items = planned(impl="all", op="dense_attention,indexer,dsa")
+    assert set(impls(items, "dense_attention")) == {"triton", "sdpa", "flash_attn_3"}
+    assert set(impls(items, "indexer")) == {"triton", "gluon"}
+    assert impls(items, "dsa") == [{"indexer": "gluon", "topk": "gluon"}]
+
+
+@pytest.mark.parametrize(
+    ("impl", "dsa", "dense"),
+    [
+        ("gluon", [{"indexer": "gluon", "topk": "gluon"}], []),
+        ("reference", [{"indexer": "reference", "topk": "reference"}], ["reference"]),
+        ("sdpa", [], ["sdpa"]),
+        ("dense_attention=flash_attn_3", [{"indexer": "gluon", "topk": "gluon"}], ["flash_attn_3"]),
+        ("indexer=triton", [{"indexer": "triton", "topk": "gluon"}], ["triton", "sdpa"]),
+        ("reference,indexer=triton", [{"indexer": "triton", "topk": "reference"}], ["reference"]),
+        (
+            "indexer=triton,indexer=gluon,dense_attention=sdpa",
+            [{"indexer": "triton", "topk": "gluon"}, {"indexer": "gluon", "topk": "gluon"}],
+            ["sdpa"],
+        ),
+    ],
+)
+def test_selection_of_implementations(
+    planned: Plan, impl: str, dsa: list[Any], dense: list[str]
+) -> None:
+    items = planned(impl=impl)
+    assert impls(items, "dsa") == dsa
+    assert impls(items, "dense_attention") == dense
+
+
+def test_name_that_a_stage_lacks_skips_with_the_reason(planned: Plan) -> None:
+    (item,) = planned(impl="triton", op="dsa")
+    assert item.reason == "topk has no implementation triton; known: reference, gluon"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"op": "dsaa"}, "unknown operator 'dsaa'; did you mean 'dsa'"),
+        ({"impl": "gluoon"}, "implementation 'gluoon' is unknown; did you mean 'gluon'?"),
+        ({"impl": "topk=triton"}, "implementation of topk 'triton' is unknown; known: gluon, ref"),
+        ({"impl": "topkk=gluon"}, "operator 'topkk' is unknown; did you mean 'topk'?"),
+        ({"impl": "sdpa", "op": "topk"}, "implementation 'sdpa' is unknown"),
+    ],
+)
+def test_unknown_names_are_one_sentence(planned: Plan, table: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(**table)
+
+
+def test_selection_without_a_case_is_refused(planned: Plan) -> None:
+    with pytest.raises(UsageError, match=r"the selection makes no case: chunks in decode .*list"):
+        planned(op="chunks")
+
+
+def test_cases_that_make_no_sense_are_planned_as_skipped(planned: Plan) -> None:
+    items = planned(seq_len_kv="1k", topk="512,2k", op="topk", phase="prefill,decode")
+    reasons = {(item.case.phase, item.case.topk): item.reason for item in items}
+    assert reasons == {
+        ("prefill", 512): "the chunk is longer than L",
+        ("prefill", 2048): "topk 2048 is more than the 1024 keys there are",
+        ("decode", 512): "",
+        ("decode", 2048): "topk 2048 is more than the 1024 keys there are",
+    }
+
+
+def test_skipped_dense_attention_is_planned_once(planned: Plan) -> None:
+    items = planned(op="dense_attention", phase="prefill", seq_len_kv="1k")
+    assert [(item.case.impl, item.reason) for item in items] == [
+        ("reference", "the chunk is longer than L")
+    ]
+
+
+def test_planned_survives_json(planned: Plan) -> None:
+    for item in planned():
+        assert Planned.from_json(item.to_json()) == item
+
+
+@pytest.mark.parametrize("name", ["v3.2", "prefill", "decode"])
+def test_gpu_sweeps_skip_nothing_on_an_h100(name: str) -> None:
+    items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
+    assert {item.reason for item in items} == {""}
+    assert len(items) > 10
+
+
+@pytest.mark.parametrize("name", ["cpu", "smoke"])
+def test_cpu_sweeps_skip_nothing_on_a_cpu(name: str) -> None:
+    items = plan.plan(sweep.resolve(name, sweep.load(name)), MACHINE)
+    assert {item.reason for item in items} == {""}
+    assert {item.case.op for item in items} == {"dsa", "dense_attention"}

@@ -1,0 +1,153 @@
+"""Where two curves meet, and what the headline says in each case that can happen."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsa_bench.record import Case, Record
+from dsa_bench.reports.crossover import crossing
+from dsa_bench.reports.digest import Digest, digest
+from tests.reports_runs import HEADER, FakeRun, h100_run, ok
+
+SPARSE = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=4096, seq_len_q=4096, topk=2048)
+DENSE = replace(SPARSE, op="dense_attention", impl="flash_attn_3", topk=None)
+LENGTHS = (4096, 8192, 16384)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "expected"),
+    [
+        # ratio 1/2 -> 2: the middle on a logarithmic axis
+        ((2.0, 1.0), (1.0, 2.0), math.sqrt(4096 * 8192)),
+        # equal at the second length
+        ((2.0, 1.0, 1.0), (1.0, 1.0, 3.0), 8192.0),
+        # equal at the first length: faster behind it
+        ((1.0, 1.0), (1.0, 2.0), 4096.0),
+        # ratio 1/4 -> 2: two thirds of the way
+        ((4.0, 1.0), (1.0, 2.0), 4096 * 2 ** (2 / 3)),
+        # always faster, never faster, as fast everywhere
+        ((1.0, 1.0), (2.0, 2.0), None),
+        ((2.0, 2.0), (1.0, 1.0), None),
+        ((1.0, 1.0), (1.0, 1.0), None),
+        # faster, slower, faster: the last crossing counts
+        ((1.0, 2.0, 1.0), (2.0, 1.0, 2.0), math.sqrt(8192 * 16384)),
+        # faster, then slower: it does not stay faster
+        ((1.0, 2.0), (2.0, 1.0), None),
+        ((1.0,), (2.0,), None),
+    ],
+)
+def test_crossing_is_interpolated_on_logarithmic_axes(
+    sparse: tuple[float, ...], dense: tuple[float, ...], expected: float | None
+) -> None:
+    found = crossing(LENGTHS[: len(sparse)], sparse, dense)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def digest_of(sparse: dict[int, float], dense: dict[int, float], **fields: object) -> Digest:
+    records = [ok(replace(SPARSE, seq_len_kv=n, **fields), s) for n, s in sparse.items()]
+    records += [ok(replace(DENSE, seq_len_kv=n), s) for n, s in dense.items()]
+    return digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "outcome", "said"),
+    [
+        (
+            {4096: 2.0, 8192: 2.0, 16384: 2.0},
+            {4096: 1.0, 8192: 4.0, 16384: 8.0},
+            "crosses",
+            "in prefill DSA (k=2048, bf16) beats dense attention (flash_attn_3, bf16) from "
+            "L = 5.7K and is 4.00× faster at 16K.",  # noqa: RUF001
+        ),
+        (
+            {4096: 1.0, 8192: 1.0},
+            {4096: 2.0, 8192: 3.0},
+            "always",
+            "beats dense attention (flash_attn_3, bf16) at every L compared (4K to 8K) and is "
+            "3.00× faster at 8K.",  # noqa: RUF001
+        ),
+        (
+            {4096: 4.0, 8192: 4.0},
+            {4096: 2.0, 8192: 3.0},
+            "never",
+            "does not beat dense attention (flash_attn_3, bf16) up to L = 8K, where it runs at "
+            "0.750× the speed of dense.",  # noqa: RUF001
+        ),
+        (
+            {4096: 1.0, 8192: 4.0},
+            {4096: 2.0, 8192: 3.0},
+            "never",
+            "does not beat dense attention (flash_attn_3, bf16) up to L = 8K",
+        ),
+        (
+            {8192: 1.0},
+            {8192: 3.0},
+            "one length",
+            "beats dense attention (flash_attn_3, bf16) at L = 8K, the only L compared: 3.00×",  # noqa: RUF001
+        ),
+        (
+            {8192: 4.0},
+            {8192: 3.0},
+            "one length",
+            "does not beat dense attention (flash_attn_3, bf16) at L = 8K, the only L compared",
+        ),
+        ({8192: 4.0}, {}, "no dense", "has no dense attention of the same shapes beside it"),
+        ({8192: 4.0}, {4096: 1.0}, "no dense", "has no dense attention of the same shapes"),
+    ],
+)
+def test_outcome_and_sentence(
+    sparse: dict[int, float], dense: dict[int, float], outcome: str, said: str
+) -> None:
+    report = digest_of(sparse, dense)
+    assert [c.outcome for c in report.crossovers] == [outcome]
+    assert report.headlines[0].startswith("On NVIDIA H100 80GB HBM3, in prefill DSA (k=2048")
+    assert said in report.headlines[0]
+
+
+def test_interval_holds_the_crossover() -> None:
+    found = [c for c in digest([h100_run()]).crossovers if c.outcome == "crosses"]
+    assert len(found) == 5
+    for one in found:
+        assert one.interval is not None and one.seq_len_kv is not None
+        low, high = one.interval
+        assert low < one.seq_len_kv < high < 1.2 * low
+
+
+def test_headline_prefers_the_k_of_the_model_and_the_largest_batch() -> None:
+    assert digest([h100_run()]).headlines == (
+        "On NVIDIA H100 80GB HBM3, in prefill DSA (k=2048, fp8) beats dense attention "
+        "(flash_attn_3, bf16) from L = 11.9K and is 4.45× faster at 128K; in decode at batch 128 "  # noqa: RUF001
+        "from L = 5.1K, 5.85× faster at 128K.",  # noqa: RUF001
+    )
+
+
+def test_headline_without_a_time_counts_the_endings() -> None:
+    records = [
+        Record(case=replace(SPARSE, seq_len_kv=n), status=status, reason="x")
+        for n, status in ((4096, "oom"), (8192, "oom"), (16384, "failed"))
+    ]
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert "in prefill no DSA case has a time (2 oom, 1 failed)." in report.headlines[0]
+
+
+def test_headline_of_nothing() -> None:
+    empty = digest([FakeRun(path=Path("r"), header={}, records=[])])
+    assert empty.headlines == ("On unknown machine no case was measured.",)
+    dense_only = digest_of({}, {4096: 1.0})
+    assert "in prefill no DSA case was asked for." in dense_only.headlines[0]
+
+
+def test_headline_says_that_a_time_is_in_doubt() -> None:
+    records = [ok(replace(SPARSE), 1.0), ok(DENSE, 2.0, flags=("below_floor",))]
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert "Some of these times carry a doubt flag" in report.headlines[0]
+    assert "doubt" not in digest_of({4096: 1.0}, {4096: 2.0}).headlines[0]
+
+
+def test_lines_that_differ_in_one_axis_cross_apart() -> None:
+    records = [ok(replace(SPARSE, topk=k), 1.0) for k in (512, 1024)]
+    records += [ok(replace(SPARSE, precision="fp8"), 1.0), ok(replace(SPARSE, impl="triton"), 1.0)]
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert len(report.crossovers) == 4

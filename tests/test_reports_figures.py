@@ -1,0 +1,266 @@
+"""Figures as data, and what the drawers make of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsa_bench.reports import chart, lines, plots, published, vega
+from dsa_bench.reports.chart import Axis, Figure, Point, Series
+from dsa_bench.reports.digest import digest
+from dsa_bench.reports.figures import MAKERS, figures
+from tests.reports_runs import LENGTHS, FakeRun, h100_run, hostile_run
+
+
+def by_name(run: FakeRun) -> dict[str, Figure]:
+    return {figure.name: figure for figure in figures(digest([run]))}
+
+
+def test_a_run_gives_every_figure_it_has_data_for() -> None:
+    names = list(by_name(h100_run()))
+    assert names == [
+        "speedup-prefill",
+        "speedup-decode",
+        "cost-prefill",
+        "cost-decode-batch-128",
+        "latency-prefill",
+        "latency-decode-batch-1",
+        "latency-decode-batch-32",
+        "latency-decode-batch-128",
+        "stages-prefill",
+        "stages-decode-batch-128",
+        "memory-prefill",
+        "memory-decode-batch-128",
+        "rates-prefill",
+        "rates-decode-batch-128",
+        "error-prefill",
+        "error-decode",
+    ]
+    assert {maker.name for maker in MAKERS} - {name.split("-")[0] for name in names} == {
+        "operators"
+    }
+
+
+def test_speedup_figure_holds_the_crossovers() -> None:
+    figure = by_name(h100_run())["speedup-prefill"]
+    assert figure.is_lead
+    assert [s.label for s in figure.series] == [
+        "DSA k=512 fp8",
+        "DSA k=1024 fp8",
+        "DSA k=2048 fp8",
+    ]
+    # the k of the model has the first colour
+    assert [s.role for s in figure.series] == ["sparse2", "sparse1", "sparse0"]
+    assert [p.x for p in figure.series[0].points] == list(LENGTHS)
+    assert [(m.kind, m.label) for m in figure.marks] == [
+        ("level", "as fast as dense"),
+        ("crossing", "6.7K"),
+        ("crossing", "11.9K"),
+    ]
+    assert "DSA k=2048 fp8: faster from 11.9K" in figure.answer
+
+
+def test_dense_lines_are_grey_and_lost_cases_marked() -> None:
+    figure = by_name(h100_run())["latency-prefill"]
+    roles = {s.label: s.role for s in figure.series}
+    assert roles["dense flash_attn_3 bf16"] == "dense0"
+    assert len({role for role in roles.values() if role.startswith("dense")}) == 3
+    lost = [m.label for m in figure.marks if m.kind == "lost"]
+    assert len(lost) == 3
+    assert any("signal 11" in label for label in lost)
+
+
+def test_doubtful_points_carry_their_flag() -> None:
+    figure = by_name(h100_run())["latency-decode-batch-1"]
+    flagged = [p for s in figure.series for p in s.points if p.flags]
+    assert len(flagged) == 2
+    assert flagged[0].flags == "noisy: spread 4.1 %, limit 2 %"
+
+
+def test_stage_bars_add_up_to_the_kernel_time() -> None:
+    run = h100_run()
+    figure = by_name(run)["stages-prefill"]
+    bars = [s for s in figure.series if s.shape != "points"]
+    assert [s.label for s in bars] == ["indexer", "topk", "sparse_prefill"]
+    wanted = next(
+        r for r in run.records if r.case.topk == 2048 and r.case.seq_len_kv == LENGTHS[-1]
+    )
+    total = sum(s.points[-1].y for s in bars)
+    assert total == pytest.approx(sum(stage.seconds for stage in wanted.stages))
+    assert "the stage indexer takes 62 %" in figure.answer
+
+
+def test_memory_beside_dense() -> None:
+    figure = by_name(h100_run())["memory-decode-batch-128"]
+    dense = figure.series[-1]
+    assert (dense.label, dense.shape) == ("dense, peak", "points")
+    assert dense.points[-1].y == pytest.approx(128 * 131072 * 1152, rel=0.01)
+
+
+def test_published_curves_stand_beside_the_measured_ones() -> None:
+    figure = by_name(h100_run())["cost-prefill"]
+    curves = {s.label: s for s in figure.series if s.role.startswith("published")}
+    dense = curves["DeepSeek V3.1-Terminus (published)"].points
+    # 0.6658 - 0.0529 at 128K, a straight line from L = 0
+    assert dense[-1].y == pytest.approx(0.6129)
+    assert dense[0].y == pytest.approx(0.6129 * 4096 / 131072)
+    sparse = {p.x: p.y for p in curves["DeepSeek V3.2-Exp (published)"].points}
+    # 64K in the published table: 0.1412
+    assert sparse[65536] == pytest.approx(0.1412 - 0.0611, abs=3e-4)
+    assert "constant" not in figure.answer and "L = 0 is taken off" in figure.answer
+    assert "H800" in figure.answer and "attention only" in figure.y.title
+
+
+def test_published_curves_follow_the_price() -> None:
+    run = h100_run()
+    run.header = run.header | {"options": {"gpu_hour_usd": 4.0}}
+    figure = by_name(run)["cost-prefill"]
+    dense = next(s for s in figure.series if s.role == "published_dense")
+    assert dense.points[-1].y == pytest.approx(2 * 0.6129)
+    assert "scaled from $2" in figure.answer
+
+
+def test_published_curves_are_left_out_where_nothing_compares() -> None:
+    run = h100_run()
+    run.records = [
+        replace(r, case=replace(r.case, num_heads=8, preset="v3.2-cpu")) for r in run.records
+    ]
+    figure = by_name(run)["cost-prefill"]
+    assert not [s for s in figure.series if s.role.startswith("published")]
+    assert "DeepSeek" not in figure.answer
+
+
+def test_published_data_name_their_source() -> None:
+    data = json.loads(published.COSTS.read_text(encoding="utf-8"))
+    assert "DeepSeek-V3.2-Exp" in data["source"] and "figure 3" in data["source"]
+    for curve in data["curves"]:
+        xs = [x for x, _ in curve["points"]]
+        assert xs == sorted(xs) and xs[0] == 0 and xs[-1] == 131072
+
+
+def test_interpolation_of_published_vertices() -> None:
+    vertices = [(0.0, 1.0), (10.0, 2.0), (20.0, 6.0)]
+    values = [published.interpolate(vertices, x) for x in (0.0, 5.0, 10.0, 15.0, 20.0, 30.0)]
+    assert values == [1.0, 1.5, 2.0, 4.0, 6.0, 6.0]
+
+
+def test_no_figure_has_too_many_lines() -> None:
+    for figure in by_name(h100_run()).values():
+        own = [s for s in figure.series if not s.role.startswith("published")]
+        assert len(own) <= lines.MAX_LINES
+
+
+def test_two_runs_get_figures_of_their_own() -> None:
+    other = h100_run(2)
+    other.header = other.header | {"machine": {"name": "NVIDIA H200", "device": "cuda"}}
+    made = figures(digest([h100_run(), other]))
+    names = [figure.name for figure in made]
+    assert len(set(names)) == len(names) == 32
+    assert names[:2] == [
+        "speedup-prefill-nvidia-h100-80gb-hbm3",
+        "speedup-decode-nvidia-h100-80gb-hbm3",
+    ]
+    memory = next(f for f in made if f.name.startswith("memory-prefill-nvidia-h200"))
+    assert len(memory.series[0].points) == len(LENGTHS)
+
+
+def test_single_operators_have_a_figure() -> None:
+    run = h100_run()
+    run.records = [
+        replace(r, case=replace(r.case, op="topk", impl="gluon"))
+        for r in run.records
+        if r.case.op == "dsa" and r.case.phase == "prefill"
+    ]
+    figure = by_name(run)["operators-prefill"]
+    assert figure.series[0].label == "topk k=512 fp8"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.52, 0.48], [0.55, 0.45]),
+        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
+        # the spread pair runs into the third, so the three share the room
+        ([0.5, 0.5, 0.6], [0.5333 - 0.1, 0.5333, 0.5333 + 0.1]),
+    ],
+)
+def test_labels_keep_apart(wanted: list[float], expected: list[float]) -> None:
+    heights = chart.label_heights(wanted, 0.1)
+    assert sorted(heights) == pytest.approx(sorted(expected), abs=1e-3)
+    # the order of the labels is the order of the lines
+    ranks = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    assert ranks == sorted(range(len(wanted)), key=lambda i: heights[i])
+
+
+@pytest.mark.parametrize(
+    ("axis", "low", "high", "expected"),
+    [
+        (Axis(title="", text=str, base=2), 3000, 20000, [4096, 8192, 16384]),
+        (Axis(title="", text=str), 0.8e-3, 12e-3, [1e-3, 2e-3, 5e-3, 1e-2]),
+        (Axis(title="", text=str, log=False), 0.0, 0.65, [0.0, 0.2, 0.4, 0.6]),
+        (
+            Axis(title="", text=str, base=2, log=False),
+            0.0,
+            40.0,
+            [0.0, 8.0, 16.0, 24.0, 32.0, 40.0],
+        ),
+    ],
+)
+def test_ticks_are_round(axis: Axis, low: float, high: float, expected: list[float]) -> None:
+    assert chart.ticks(axis, low, high) == expected
+
+
+def test_every_role_has_a_colour_and_marker_of_its_own() -> None:
+    for name in ("speedup-prefill", "speedup-decode", "latency-prefill"):
+        series = by_name(h100_run())[name].series
+        looks = {(chart.color(s.role), chart.marker(s)) for s in series}
+        assert len(looks) == len(series)
+        assert len({chart.color(s.role, dark=True) for s in series}) == len(series)
+
+
+def test_specification_is_json_with_known_roles_only() -> None:
+    for figure in by_name(h100_run()).values():
+        text = json.dumps(vega.spec(figure), allow_nan=False)
+        roles = {part.split('"')[0] for part in text.split('"@')[1:]}
+        assert roles <= set(chart.PALETTE), figure.name
+
+
+def test_one_point_alone_is_drawn(tmp_path: Path) -> None:
+    axis = Axis(title="L", text=str, base=2)
+    series = Series(label="x", role="sparse0", points=(Point(x=4096, y=1.0, text="1"),))
+    figure = Figure(
+        name="one",
+        title="t",
+        question="q",
+        answer="a",
+        x=axis,
+        y=replace(axis, base=10),
+        series=(series,),
+    )
+    low, high = chart.x_domain(figure)
+    assert low < 4096 < high
+    assert plots.write_figure(figure, tmp_path).stat().st_size > 1000
+
+
+def test_pictures_are_written_and_repeatable(tmp_path: Path) -> None:
+    figure = by_name(h100_run())["stages-prefill"]
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        folder.mkdir()
+        path = plots.write_figure(figure, folder)
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    svg = (first / "stages-prefill.svg").read_text(encoding="utf-8")
+    assert "Where the time goes" in svg and "sparse_prefill" in svg
+    assert svg == (second / "stages-prefill.svg").read_text(encoding="utf-8")
+
+
+def test_hostile_names_can_be_drawn(tmp_path: Path) -> None:
+    made = figures(digest([hostile_run()]))
+    assert {f.name for f in made} >= {"speedup-prefill", "latency-prefill", "stages-prefill"}
+    for figure in made:
+        assert all(c.isascii() and (c.isalnum() or c == "-") for c in figure.name)
+    path = plots.write_figure(made[0], tmp_path)
+    assert "<script" not in path.with_suffix(".svg").read_text(encoding="utf-8")

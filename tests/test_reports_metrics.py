@@ -1,0 +1,159 @@
+"""Flattening and derived columns against numbers worked by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsa_bench.record import Case, Record, StageTime
+from dsa_bench.reports import frame, metrics
+from tests.reports_runs import HEADER, FakeRun, h100_run, ok
+
+PREFILL = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=8192, seq_len_q=4096, topk=2048)
+DENSE = replace(PREFILL, op="dense_attention", impl="triton", topk=None)
+DECODE = replace(PREFILL, phase="decode", seq_len_q=2, batch_size=32)
+
+
+def run_of(*records: Record, **header: Any) -> FakeRun:
+    return FakeRun(path=Path("results/x"), header=HEADER | header, records=list(records))
+
+
+def row_of(table: Any, op: str = "dsa") -> Any:
+    rows = table[table["op"] == op]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_median_and_interval_of_the_samples() -> None:
+    table = frame.cases([run_of(ok(PREFILL, (3.0, 1.0, 2.0, 5.0, 4.0)))])
+    row = row_of(table)
+    # five samples cannot give 95 %: the interval is their range
+    assert (row["seconds"], row["seconds_low"], row["seconds_high"]) == (3.0, 1.0, 5.0)
+    assert row["samples"] == 5
+
+
+def test_tokens_and_cost_by_hand() -> None:
+    table = metrics.cases([run_of(ok(PREFILL, 0.004096), ok(DECODE, 0.000064))])
+    prefill, decode = table.iloc[0], table.iloc[1]
+    assert (prefill["tokens"], decode["tokens"]) == (4096, 64)
+    # both take 1 µs a token and layer: 61 s of GPU time for a million tokens, at 2 USD an hour
+    assert prefill["seconds_per_token"] == pytest.approx(1e-6)
+    assert prefill["usd_per_million_tokens"] == pytest.approx(61 * 2 / 3600)
+    assert decode["usd_per_million_tokens"] == pytest.approx(61 * 2 / 3600)
+
+
+def test_price_of_the_run_is_used() -> None:
+    run = run_of(ok(PREFILL, 0.004096), options={"gpu_hour_usd": 3.0})
+    assert row_of(metrics.cases([run]))["usd_per_million_tokens"] == pytest.approx(61 * 3 / 3600)
+
+
+def test_unknown_preset_has_no_cost() -> None:
+    run = run_of(ok(replace(PREFILL, preset="v9"), 1.0))
+    assert row_of(metrics.cases([run]))["usd_per_million_tokens"] != pytest.approx(0, nan_ok=False)
+    assert metrics.cases([run])["usd_per_million_tokens"].isna().all()
+
+
+def test_rates_and_floor_by_hand() -> None:
+    cost = {"flops": 786e9, "bytes_read": 2e9, "bytes_written": 1e9}
+    row = row_of(metrics.cases([run_of(ok(PREFILL, 0.004, cost=cost))]))
+    assert row["flops_per_second"] == pytest.approx(196.5e12)
+    assert row["bytes_per_second"] == pytest.approx(750e9)
+    # both the matrix products and the bytes need 1 ms
+    assert row["floor_seconds"] == pytest.approx(0.001)
+    assert row["floor_share"] == pytest.approx(0.25)
+
+
+def test_fp8_without_a_measured_fp8_rate_has_no_floor() -> None:
+    cost = {"flops": 786e9, "bytes_read": 2e9, "bytes_written": 1e9}
+    case = replace(PREFILL, precision="fp8")
+    ceilings = {"copy_bytes_per_second": 3e12, "bf16_flops": 786e12}
+    run = run_of(ok(case, 0.004, cost=cost), ceilings=ceilings)
+    assert metrics.cases([run])["floor_share"].isna().all()
+    bf16 = run_of(ok(PREFILL, 0.004, cost=cost), ceilings=ceilings)
+    assert row_of(metrics.cases([bf16]))["floor_share"] == pytest.approx(0.25)
+
+
+def test_speedup_is_over_the_fastest_ok_dense_of_the_same_shape() -> None:
+    records = [
+        ok(PREFILL, 0.002),
+        ok(DENSE, 0.006),
+        ok(replace(DENSE, impl="flash_attn_3", precision="fp8"), 0.005),
+        # faster, but wrong, of another length, of another number of heads
+        replace(ok(replace(DENSE, impl="sdpa_cudnn"), 0.001), status="wrong"),
+        ok(replace(DENSE, seq_len_kv=4096), 0.001),
+        ok(replace(DENSE, num_heads=64), 0.001),
+    ]
+    table = metrics.cases([run_of(*records)])
+    row = row_of(table)
+    assert row["speedup"] == pytest.approx(2.5)
+    assert (row["dense_impl"], row["dense_precision"]) == ("flash_attn_3", "fp8")
+    assert table.loc[table["op"] == "dense_attention", "speedup"].isna().all()
+
+
+def test_speedup_needs_a_dense_case_of_the_same_run() -> None:
+    table = metrics.cases([run_of(ok(PREFILL, 0.002)), run_of(ok(DENSE, 0.006))])
+    assert table["speedup"].isna().all()
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed", "oom", "timeout", "skipped", "interrupted"])
+def test_a_case_that_is_not_ok_has_no_time(status: str) -> None:
+    stage = StageTime(
+        name="topk", impl="x", seconds=1.0, flops=0.0, bytes_read=1.0, bytes_written=1.0
+    )
+    record = replace(ok(PREFILL, 0.002, stages=(stage,)), status=status)
+    run = run_of(record)
+    table = metrics.cases([run])
+    for name in ("seconds", "seconds_low", "usd_per_million_tokens", "flops_per_second", "speedup"):
+        assert table[name].isna().all(), name
+    assert metrics.stages([run], table).empty
+
+
+def test_the_last_ending_of_a_case_counts() -> None:
+    failed = Record(case=PREFILL, status="failed", reason="died")
+    table = frame.cases([run_of(failed, ok(PREFILL, 0.002))])
+    assert list(table["status"]) == ["ok"]
+
+
+def test_stage_shares_and_rates() -> None:
+    stages = tuple(
+        StageTime(name=name, impl="x", seconds=s, flops=f, bytes_read=1e9, bytes_written=1e9)
+        for name, s, f in (("indexer", 0.003, 3e12), ("topk", 0.001, 0.0))
+    )
+    run = run_of(ok(PREFILL, 0.005, stages=stages))
+    table = metrics.stages([run], metrics.cases([run])).set_index("stage")
+    assert list(table["share"]) == pytest.approx([0.75, 0.25])
+    assert table.loc["indexer", "flops_per_second"] == pytest.approx(1e15)
+    assert table["flops_per_second"].isna().tolist() == [False, True]
+    assert table.loc["topk", "bytes_per_second"] == pytest.approx(2e12)
+
+
+def test_whole_prompts_are_a_line_of_their_own() -> None:
+    shapes = [(4096, 4096), (8192, 4096), (1024, 1024), (2048, 2048)]
+    records = [ok(replace(PREFILL, seq_len_kv=kv, seq_len_q=q, topk=512), 1.0) for kv, q in shapes]
+    assert list(frame.cases([run_of(*records)])["chunk"]) == [4096, 4096, 0, 0]
+
+
+def test_runs_of_one_machine_are_told_apart() -> None:
+    one, two = run_of(), replace(run_of(), path=Path("results/y"))
+    other = run_of(machine={"name": "NVIDIA H200"})
+    assert frame.run_labels([one, other]) == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    assert frame.run_labels([one, two]) == [
+        "NVIDIA H100 80GB HBM3 (x)",
+        "NVIDIA H100 80GB HBM3 (y)",
+    ]
+    assert len(set(frame.run_labels([one, one]))) == 2
+
+
+@pytest.mark.parametrize("value", [0.25, {"relative_l2": 0.25, "rows": 64}])
+def test_dense_error_is_read(value: Any) -> None:
+    table = frame.cases([run_of(ok(PREFILL, 1.0, gate={"dense_error": value}))])
+    assert row_of(table)["dense_error"] == 0.25
+
+
+def test_every_metric_is_a_column_and_explained() -> None:
+    table = metrics.cases([h100_run()])
+    for metric in metrics.METRICS:
+        assert table[metric.name].notna().any(), metric.name
+        assert metric.formula
+        assert metric.better in ("", "lower", "higher")

@@ -1,0 +1,153 @@
+"""Tables as text: against golden files, and against texts that attack a reader's tool."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from dsa_bench.reports import tables, units
+from dsa_bench.reports.digest import digest
+from tests.reports_runs import HOSTILE, FakeRun, h100_run, hostile_run
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def small_run() -> FakeRun:
+    """Two lengths of the H100 run, its doubtful case, and what failed."""
+    run = h100_run()
+    kept = [
+        record
+        for record in run.records
+        if record.case.seq_len_kv in (8192, 131072)
+        and record.case.topk in (None, 2048)
+        and record.case.batch_size in (1,)
+    ]
+    run.records = [*kept, *run.records[-5:]]
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("report.md", tables.markdown), ("report.csv", tables.csv_text)]
+)
+def test_text_is_as_in_the_golden_file(name: str, make: object) -> None:
+    assert callable(make)
+    actual = make(digest([small_run()]))
+    assert actual == (GOLDEN / name).read_text(encoding="utf-8")
+
+
+def test_files_are_written(tmp_path: Path) -> None:
+    tables.write_markdown([small_run()], tmp_path / "r.md")
+    tables.write_csv([small_run()], tmp_path / "r.csv")
+    assert (tmp_path / "r.md").read_bytes() == (GOLDEN / "report.md").read_bytes()
+    assert (tmp_path / "r.csv").read_bytes() == (GOLDEN / "report.csv").read_bytes()
+
+
+def test_csv_cells_do_not_start_a_formula() -> None:
+    text = tables.csv_text(digest([hostile_run()]))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == 2 * len(HOSTILE)
+    impls = {row["impl"] for row in rows}
+    assert "'@SUM(1+1)" in impls and "'-2+3" in impls
+    for row in rows:
+        assert not any(cell.lstrip().startswith(("=", "+", "-", "@")) for cell in row.values())
+
+
+def test_csv_numbers_keep_their_sign() -> None:
+    # quoting is for texts; a number may be negative
+    assert tables._csv_cell(-1.5) == "-1.5"
+    assert tables._csv_cell("-1.5") == "'-1.5"
+    assert tables._csv_cell(" =1") == "' =1"
+
+
+def test_markdown_holds_no_markup_of_a_record() -> None:
+    text = tables.markdown(digest([hostile_run()]))
+    assert "<script" not in text and "<img" not in text and "![" not in text
+    assert "\\[link\\](http" in text
+    bodies = [line for line in text.splitlines() if line.startswith("|")]
+    bars = {line.replace("\\|", "").count("|") for line in bodies}
+    assert len(bars) == 1
+
+
+def test_terminal_texts_have_no_control_characters() -> None:
+    found = tables.terminal_rows([hostile_run()])
+    texts = [text for table in found for row in table.rows for text in row]
+    assert any("alert(1)" in text for text in texts)
+    assert all(text.isprintable() for text in texts)
+
+
+def test_terminal_tables() -> None:
+    prefill, decode = tables.terminal_rows([h100_run()])
+    assert (prefill.title, decode.title) == ("prefill", "decode")
+    titles = [column.title for column in decode.columns]
+    assert "batch" in titles and "machine" not in titles and "heads" not in titles
+    assert "batch" not in [column.title for column in prefill.columns]
+    time = titles.index("time")
+    marked = [row for row in decode.rows if tables.FLAG_MARK in row[time]]
+    assert len(marked) == 2
+    assert decode.notes == (f"{tables.FLAG_MARK} in doubt: noisy: spread 4.1 %, limit 2 %",)
+    oom = next(row for row in decode.rows if "oom" in row)
+    assert oom[time] == units.MISSING
+    assert "needs 86.1 GiB, 78.2 GiB are free" in oom
+
+
+def test_two_runs_name_their_machine() -> None:
+    other = h100_run(2)
+    other.header = other.header | {"machine": {"name": "NVIDIA H200"}}
+    prefill = tables.terminal_rows([h100_run(), other])[0]
+    assert prefill.columns[0].title == "machine"
+    assert {row[0] for row in prefill.rows} == {"NVIDIA H100 80GB HBM3", "NVIDIA H200"}
+
+
+def test_json_lines_are_json_without_nan() -> None:
+    lines = tables.json_lines(digest([h100_run()])).splitlines()
+    rows = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in lines]
+    assert len(rows) == len(h100_run().records)
+    assert rows[0]["seq_len_kv"] == 4096 and rows[0]["status"] == "ok"
+    assert rows[-1]["seconds"] is None and rows[-1]["status"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "text"),
+    [
+        (units.format_length, 512, "512"),
+        (units.format_length, 4096, "4K"),
+        (units.format_length, 11500, "11.2K"),
+        (units.format_length, 131072, "128K"),
+        (units.format_length, 1048576, "1M"),
+        (units.format_seconds, 22.34e-6, "22.3 µs"),
+        (units.format_seconds, 0.00195, "1.95 ms"),
+        (units.format_seconds, 0.9996e-3, "1.00 ms"),
+        (units.format_seconds, 3.0, "3.00 s"),
+        (units.format_bytes, 512 * 2**20, "512 MiB"),
+        (units.format_flops, 631e12, "631 TFLOP/s"),
+        (units.format_flops, 1124e12, "1124 TFLOP/s"),
+        (units.format_bandwidth, 2.26e12, "2.26 TB/s"),
+        (units.format_usd, 0.04412, "$0.0441"),
+        (units.format_ratio, 9.999, "10.0×"),  # noqa: RUF001
+        (units.format_share, 0.256, "26 %"),
+        (units.format_seconds, None, units.MISSING),
+        (units.format_seconds, float("nan"), units.MISSING),
+    ],
+)
+def test_numbers_as_people_read_them(make: object, value: object, text: str) -> None:
+    assert callable(make)
+    assert make(value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2.00 ms", "2 ms"),
+        ("$0.500", "$0.5"),
+        ("0.00 MFLOP/s", "0"),
+        ("$0", "0"),
+        ("0 B", "0"),
+        ("0.50×", "0.5×"),  # noqa: RUF001
+        ("128K", "128K"),
+        ("100 ms", "100 ms"),
+    ],
+)
+def test_ticks_have_no_empty_decimals(text: str, shown: str) -> None:
+    assert units.tick(text) == shown

@@ -1,0 +1,416 @@
+"""Sparse prefill: the reference, its check, and every implementation of it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_bench import registry
+from dsa_bench.baselines.merge import merge_by_lse
+from dsa_bench.kernels import attention, sparse_prefill_gluon, sparse_prefill_triton
+from dsa_bench.kernels.sparse_prefill import (
+    OPERATOR,
+    SparsePrefillInputs,
+    SparsePrefillOutputs,
+    SparsePrefillShape,
+    make_attention_tensor,
+)
+from dsa_bench.operator import Machine, Unsupported
+from dsa_bench.preset import PRESETS
+from dsa_bench.record import Case
+from tests import hostile
+from tests.gluon_emulator import emulated_gluon
+
+INF, NAN = float("inf"), float("nan")
+H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
+CPU = Machine(device="cpu", name="a CPU")
+
+
+def small(seq_len_q=6, seq_len_kv=40, topk=16, num_heads=3, seed=0):
+    shape = SparsePrefillShape(
+        seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, topk=topk, num_heads=num_heads
+    )
+    inputs = OPERATOR.make_inputs(shape, seed=seed, device="cpu")
+    return replace(inputs, q=inputs.q * 16)  # with weak scores every key counts alike
+
+
+def loops(inputs):
+    """The definition, one query, head and entry at a time, in Python floats."""
+    q, kv = inputs.q.double(), inputs.kv.double()
+    rows, heads = q.shape[:2]
+    out = torch.zeros(rows, heads, inputs.head_dim_v, dtype=torch.float64)
+    largest, lse = torch.full((rows, heads), -INF), torch.full((rows, heads), INF)
+    for i in range(rows):
+        listed = inputs.topk_indices[i].tolist()
+        if inputs.topk_lens is not None:
+            listed = listed[: max(0, int(inputs.topk_lens[i]))]
+        used = [n for n in listed if 0 <= n < kv.shape[0]]
+        for h in range(heads if used else 0):
+            scores = [inputs.sm_scale * float(q[i, h] @ kv[n]) for n in used]
+            total = sum(math.exp(s) for s in scores)
+            largest[i, h], lse[i, h] = max(scores), math.log(total)
+            if inputs.attn_sink is not None:
+                sink = float(inputs.attn_sink[h])
+                total += math.exp(sink) if sink < INF else INF
+            for n, s in zip(used, scores, strict=True):
+                out[i, h] += math.exp(s) / total * kv[n, : inputs.head_dim_v]
+    return SparsePrefillOutputs(out.float(), largest, lse)
+
+
+def assert_equal(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
+
+
+def with_sink(inputs):
+    return replace(inputs, attn_sink=torch.tensor([0.7, INF, -INF]))
+
+
+def with_lens(inputs):
+    return replace(inputs, topk_lens=torch.tensor([16, 0, 7, 99, -3, 1], dtype=torch.int32))
+
+
+def with_duplicates(inputs):
+    indices = inputs.topk_indices.clone()
+    indices[:, 1::2] = indices[:, ::2]
+    return replace(inputs, topk_indices=indices)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [hostile.plain, with_sink, with_lens, with_duplicates, hostile.sparse_prefill_wild,
+     hostile.sparse_prefill_strided],
+    ids=lambda mutate: mutate.__name__,
+)  # fmt: skip
+def test_reference_matches_loops(mutate):
+    inputs = mutate(small())
+    assert_equal(OPERATOR.reference(inputs), loops(inputs))
+
+
+def test_order_of_indices_does_not_matter():
+    inputs = small()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    shuffled = replace(inputs, topk_indices=inputs.topk_indices[:, order])
+    assert_equal(OPERATOR.reference(shuffled), OPERATOR.reference(inputs))
+
+
+def test_all_keys_selected_is_dense_attention():
+    inputs = small(seq_len_q=1, topk=40)
+    k = inputs.kv.double()
+    logits = inputs.q[0].double() @ k.T * inputs.sm_scale
+    expected = logits.softmax(-1) @ k[:, :512]
+    actual = OPERATOR.reference(inputs)
+    torch.testing.assert_close(actual.out[0].double(), expected, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(actual.lse[0].double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_two_halves_merged_by_lse_are_the_whole():
+    inputs = small(seq_len_q=1)
+    whole = OPERATOR.reference(inputs)
+    parts = [
+        OPERATOR.reference(replace(inputs, topk_indices=inputs.topk_indices[:, part]))
+        for part in (slice(0, 5), slice(5, 16))
+    ]
+    out, lse = merge_by_lse(parts[0].out, parts[0].lse, parts[1].out, parts[1].lse)
+    assert_equal((out, lse), (whole.out, whole.lse))
+
+
+def test_a_repeated_index_counts_twice():
+    inputs = small(seq_len_q=1, topk=2)
+    pair = torch.tensor([[4, 4]], dtype=torch.int32)
+    once = OPERATOR.reference(replace(inputs, topk_indices=pair[:, :1].contiguous()))
+    twice = OPERATOR.reference(replace(inputs, topk_indices=pair))
+    torch.testing.assert_close(twice.lse, once.lse + math.log(2))
+    torch.testing.assert_close(twice.out, once.out)
+
+
+def test_an_empty_row_gives_zero_and_infinities():
+    inputs = with_sink(small())
+    empty = replace(inputs, topk_indices=torch.full_like(inputs.topk_indices, -1))
+    for outputs in (OPERATOR.reference(empty), OPERATOR.reference(replace(empty, attn_sink=None))):
+        assert (outputs.out == 0).all()
+        assert (outputs.max_logits == -INF).all()
+        assert (outputs.lse == INF).all()
+
+
+def test_sink_changes_the_output_alone():
+    inputs = small()
+    plain, sunk = OPERATOR.reference(inputs), OPERATOR.reference(with_sink(inputs))
+    assert torch.equal(plain.lse, sunk.lse)
+    assert torch.equal(plain.max_logits, sunk.max_logits)
+    share = 1 / (1 + torch.exp(0.7 - plain.lse[:, 0, None]))
+    torch.testing.assert_close(sunk.out[:, 0], plain.out[:, 0] * share)
+    assert (sunk.out[:, 1] == 0).all()
+    assert torch.equal(sunk.out[:, 2], plain.out[:, 2])
+
+
+def test_reference_of_some_rows_in_small_chunks(monkeypatch):
+    inputs = with_lens(small())
+    whole = OPERATOR.reference(inputs)
+    monkeypatch.setattr(attention, "REFERENCE_CHUNK_ELEMENTS", 1)
+    rows = torch.tensor([3, 0, 2])
+    assert_equal(OPERATOR.reference(inputs, rows=rows), [x[rows] for x in whole])
+
+
+def test_inputs_list_each_visible_key_once():
+    inputs = OPERATOR.make_inputs(
+        SparsePrefillShape(seq_len_q=40, seq_len_kv=40, topk=16, num_heads=1), seed=3, device="cpu"
+    )
+    for i, row in enumerate(inputs.topk_indices.tolist()):
+        used = [n for n in row if n >= 0]
+        assert len(set(used)) == len(used) == min(i + 1, 16)
+        assert max(used) <= i
+    assert 0 in inputs.topk_indices[16:]
+    assert 39 in inputs.topk_indices[39] or len(set(inputs.topk_indices[39].tolist())) == 16
+
+
+def _off_by_one(inputs, right):
+    return OPERATOR.reference(replace(inputs, topk_indices=inputs.topk_indices[:, :-1]))
+
+
+def _shifted(inputs, right):
+    return OPERATOR.reference(replace(inputs, topk_indices=inputs.topk_indices - 1))
+
+
+def _wrong_scale(inputs, right):
+    return OPERATOR.reference(replace(inputs, sm_scale=576**-0.5))
+
+
+def _one_wrong_column(inputs, right):
+    out = right.out.clone()
+    out[2, 1, 300] += 0.02
+    return right._replace(out=out)
+
+
+def _one_nan(inputs, right):
+    out = right.out.clone()
+    out[5, 0, 511] = NAN
+    return right._replace(out=out)
+
+
+WRONG = {
+    "zeros": lambda inputs, right: type(right)(*map(torch.zeros_like, right)),
+    "stale": lambda inputs, right: OPERATOR.reference(small(seed=9)),
+    "heads-swapped": lambda inputs, right: type(right)(*(x.flip(1) for x in right)),
+    "queries-swapped": lambda inputs, right: type(right)(*(x.flip(0) for x in right)),
+    "log2": lambda inputs, right: right._replace(lse=right.lse / math.log(2)),
+    "unscaled-max": lambda inputs, right: right._replace(max_logits=right.max_logits * 1.001),
+    "one-key-short": _off_by_one,
+    "shifted-keys": _shifted,
+    "wrong-scale": _wrong_scale,
+    "wrong-column": _one_wrong_column,
+    "nan": _one_nan,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_check_fails(name):
+    inputs = small(seq_len_q=6, seq_len_kv=40)
+    right = OPERATOR.reference(inputs)
+    assert hostile.passes(OPERATOR.check(inputs, right))
+    assert not hostile.passes(OPERATOR.check(inputs, WRONG[name](inputs, right)))
+
+
+def test_check_of_rows_looks_at_those_alone():
+    inputs = small()
+    right = OPERATOR.reference(inputs)
+    wrong = right._replace(out=right.out.clone())
+    wrong.out[3] += 1
+    assert hostile.passes(OPERATOR.check(inputs, wrong, rows=torch.tensor([0, 5])))
+    assert not hostile.passes(OPERATOR.check(inputs, wrong, rows=torch.tensor([3])))
+
+
+def test_cost_counted_by_hand():
+    # queries at positions 2, 3, 4 see 3, 4, 5 keys and take at most 4 of them: 11 pairs
+    shape = SparsePrefillShape(seq_len_q=3, seq_len_kv=5, topk=4, num_heads=2)
+    cost = OPERATOR.cost(shape)
+    assert shape.pairs == 11
+    assert cost.flops == 2 * 2 * (576 + 512) * 11
+    assert cost.bytes_read == 2 * 3 * 2 * 576 + 2 * 5 * 576 + 4 * 3 * 4
+    assert cost.bytes_written == 3 * 2 * (2 * 512 + 4 + 4)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (7, 7, 3), (3, 9, 9), (9, 9, 9), (2, 9, 3)])
+def test_pairs_are_the_sum_over_queries(sizes):
+    seq_len_q, seq_len_kv, topk = sizes
+    shape = SparsePrefillShape(seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, topk=topk)
+    assert shape.pairs == sum(
+        min(t + 1, topk) for t in range(seq_len_kv - seq_len_q, seq_len_kv)
+    )
+
+
+def test_flops_a_token_of_v32():
+    shape = SparsePrefillShape(seq_len_q=4096, seq_len_kv=131072)
+    assert OPERATOR.cost(shape).flops / 4096 == 278_528 * 2048  # 570.4 MFLOP
+    whole = SparsePrefillShape(seq_len_q=16384, seq_len_kv=16384)
+    assert OPERATOR.cost(whole).flops == pytest.approx(8.76e12, rel=1e-3)
+
+
+def test_memory_is_what_the_tensors_take():
+    shape = SparsePrefillShape(seq_len_q=5, seq_len_kv=21, topk=8, num_heads=3)
+    inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
+    out, largest, lse = OPERATOR.reference(inputs)
+    memory = OPERATOR.memory(shape)
+    tensors = (inputs.q, inputs.kv, inputs.topk_indices)
+    assert memory.input_bytes == sum(x.nbytes for x in tensors)
+    assert memory.output_bytes == out.numel() * 2 + largest.nbytes + lse.nbytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"topk": None}, "topk has no value"),
+        ({"topk": 129}, "topk 129 is more than the 128 keys there are"),
+        ({"seq_len_q": 129}, "seq_len_q 129 must be 1 … seq_len_kv 128"),
+        ({"precision": "fp8"}, "sparse_prefill computes in bf16"),
+    ],
+)
+def test_a_case_that_makes_no_sense(fields, sentence):
+    known = {"seq_len_q": 64, "seq_len_kv": 128, "topk": 32, "phase": "prefill"} | fields
+    with pytest.raises(Unsupported, match=sentence):
+        OPERATOR.shape(Case(op="sparse_prefill", impl="reference", **known), PRESETS["v3.2"])
+
+
+ARGUMENT_MISTAKES = [
+    ("q", lambda x: x.float(), TypeError, "q must be bfloat16"),
+    ("q", lambda x: x[..., :500], ValueError, "q must be bfloat16 .*head_dim_qk=576"),
+    ("q", lambda x: x.mT.contiguous().mT, ValueError, "q must be contiguous in its last dim"),
+    ("kv", lambda x: x.half(), TypeError, "kv must be bfloat16"),
+    ("kv", lambda x: torch.empty(40, 580).bfloat16()[:, :576], ValueError, "multiples of 16"),
+    ("topk_indices", lambda x: x.long(), TypeError, "topk_indices must be int32"),
+    ("topk_indices", lambda x: x[:3], ValueError, "topk_indices must be int32 .seq_len_q=6"),
+    ("topk_lens", lambda x: torch.ones(5, dtype=torch.int32), ValueError, "topk_lens must be int"),
+    ("attn_sink", lambda x: torch.ones(4), ValueError, "attn_sink must be float32 .num_heads=3"),
+    ("sm_scale", lambda x: 0.0, ValueError, "sm_scale must be > 0, got 0"),
+]
+
+
+@pytest.mark.parametrize("kernels", ["gluon", "triton"])
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "sentence"), ARGUMENT_MISTAKES, ids=hostile.slugs(ARGUMENT_MISTAKES)
+)
+def test_kernels_refuse(name, change, kind, sentence, kernels):
+    inputs = small()
+    wrong = replace(inputs, **{name: change(getattr(inputs, name))})
+    with pytest.raises(kind, match=sentence):
+        registry.implementation("sparse_prefill", kernels).run(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "widths", "sentence"),
+    [
+        ("gluon", H100, (576, 512), None),
+        ("gluon", CPU, (576, 512), "needs a Hopper GPU (sm_90), this is a CPU"),
+        ("gluon", H100, (320, 256), "needs head_dim 576/512, this case has 320/256"),
+        ("triton", H100, (512, 512), None),
+        ("triton", CPU, (576, 512), "needs sm_80 or newer, this is a CPU"),
+        ("triton", H100, (320, 256), "576/512 or 512/512, this case has 320/256"),
+    ],
+)
+def test_supports_says_why_not(name, machine, widths, sentence):
+    shape = SparsePrefillShape(
+        seq_len_q=64, seq_len_kv=4096, head_dim_qk=widths[0], head_dim_v=widths[1]
+    )
+    reason = registry.implementation("sparse_prefill", name).supports(shape, machine)
+    assert reason is None if sentence is None else sentence in reason
+
+
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_registers_of_the_gluon_kernel_fit(heads):
+    config = sparse_prefill_gluon.choose_config(heads, 2048)
+    assert 4 * (2 * config.consumer_registers + config.loader_registers) <= 12 * 168
+
+
+EMULATED = [
+    (0, 1, 128, 64, hostile.plain),
+    (1, 2, 256, 64, hostile.plain),
+    (2, 3, 300, 16, hostile.sparse_prefill_wild),
+    (3, 1, 257, 72, hostile.sparse_prefill_strided),
+    (4, 1, 1, 8, hostile.plain),
+    (5, 2, 200, 64, hostile.sparse_prefill_wild),
+]
+
+
+@pytest.mark.parametrize(("seed", "queries", "topk", "heads", "mutate"), EMULATED)
+def test_gluon_emulated(seed, queries, topk, heads, mutate):
+    shape = SparsePrefillShape(seq_len_q=queries, seq_len_kv=310, topk=topk, num_heads=heads)
+    inputs = mutate(OPERATOR.make_inputs(shape, seed=seed, device="cpu"))
+    with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
+        module = emulated.load("dsa_bench.kernels.sparse_prefill_gluon")
+        outputs = module.run(inputs)
+    hostile.assert_right("sparse_prefill", inputs, outputs)
+
+
+def test_gluon_emulated_peaked_is_as_exact_as_bf16():
+    shape = SparsePrefillShape(seq_len_q=1, seq_len_kv=300, topk=256, num_heads=64)
+    inputs = hostile.peaked(OPERATOR.make_inputs(shape, seed=7, device="cpu"))
+    with emulated_gluon(seed=7) as emulated:
+        outputs = emulated.load("dsa_bench.kernels.sparse_prefill_gluon").run(inputs)
+    hostile.assert_as_exact_as_bf16(inputs, outputs.out)
+    wrong = outputs.out.clone()
+    wrong[0, 3] = wrong[0, 4]
+    with pytest.raises(AssertionError):
+        hostile.assert_as_exact_as_bf16(inputs, wrong)
+
+
+INTERPRETED = [
+    (1, 1, 1, 3, hostile.plain),
+    (2, 3, 70, 20, hostile.sparse_prefill_wild),
+    (3, 2, 130, 70, hostile.sparse_prefill_strided),
+]
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize(("seed", "queries", "topk", "heads", "mutate"), INTERPRETED)
+def test_triton_interpreted(seed, queries, topk, heads, mutate, major, monkeypatch):
+    monkeypatch.setattr(sparse_prefill_triton, "ask_device", lambda _: ((major, 0), 4))
+    shape = SparsePrefillShape(seq_len_q=queries, seq_len_kv=140, topk=topk, num_heads=heads)
+    inputs = mutate(OPERATOR.make_inputs(shape, seed=seed, device="cpu"))
+    with hostile.poisoned_outputs():
+        outputs = registry.implementation("sparse_prefill", "triton").run(inputs)
+    hostile.assert_right("sparse_prefill", inputs, outputs)
+
+
+SHAPES = [
+    SparsePrefillShape(seq_len_q=256, seq_len_kv=8192),
+    SparsePrefillShape(seq_len_q=100, seq_len_kv=3000, topk=512, num_heads=64),
+    SparsePrefillShape(seq_len_q=64, seq_len_kv=3000, topk=1024, num_heads=32),
+    SparsePrefillShape(seq_len_q=33, seq_len_kv=777, topk=300, num_heads=16),
+    SparsePrefillShape(seq_len_q=77, seq_len_kv=777, topk=257, num_heads=48),
+    SparsePrefillShape(seq_len_q=64, seq_len_kv=64, topk=1, num_heads=8),
+    SparsePrefillShape(seq_len_q=1, seq_len_kv=5000),
+    SparsePrefillShape(seq_len_q=9, seq_len_kv=900, topk=200, head_dim_qk=512),
+    SparsePrefillShape(seq_len_q=70000, seq_len_kv=70000, topk=128, num_heads=8),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "shape", "mutate"), hostile.cases("sparse_prefill", SHAPES))
+def test_sparse_prefill_matches_reference(name, shape, mutate):
+    hostile.assert_implementation("sparse_prefill", name, shape, mutate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", hostile.names("sparse_prefill"))
+def test_sparse_prefill_peaked_is_as_exact_as_bf16(name):
+    implementation = hostile.runnable("sparse_prefill", name, SHAPES[1])
+    inputs = hostile.peaked(OPERATOR.make_inputs(SHAPES[1], seed=3, device="cuda"))
+    hostile.assert_as_exact_as_bf16(inputs, implementation.run(inputs).out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", hostile.names("sparse_prefill"))
+def test_sparse_prefill_reads_keys_beyond_2_31_elements(name):
+    num_keys = 2**31 // 576 + 5000
+    shape = SparsePrefillShape(seq_len_q=4, seq_len_kv=num_keys, topk=256, num_heads=64)
+    implementation = hostile.runnable("sparse_prefill", name, shape)
+    g = torch.Generator(device="cuda").manual_seed(0)
+    kv = torch.zeros(num_keys, 576, dtype=torch.bfloat16, device="cuda")
+    kv[-4000:] = make_attention_tensor(4000, 576, generator=g)
+    q = make_attention_tensor(4, 64, 576, generator=g)
+    last = torch.randint(0, 4000, (4, 256), generator=g, device="cuda", dtype=torch.int32)
+    inputs = SparsePrefillInputs(q, kv, last + (num_keys - 4000), shape.sm_scale)
+    hostile.assert_right("sparse_prefill", inputs, implementation.run(inputs))
