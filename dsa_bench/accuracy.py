@@ -9,10 +9,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """An element passes if |actual - expected| < abs or |actual - expected| / (|expected| + 1e-6) < rel.
+    """An element passes if |actual - expected| is below abs, or below rel · (|expected| + 1e-6).
 
-    Beside that the whole tensor must satisfy 1 - 2 Σ xy / Σ (x² + y²) < cos, and NaN and ±inf must stand at
-    exactly the expected places. Source: FlashMLA, tests/kernelkit/compare.py (values restated per operator).
+    Beside that the whole tensor must satisfy 1 - 2 Σ xy / Σ (x² + y²) < cos, and NaN and ±inf must
+    stand at exactly the expected places. Source: FlashMLA, tests/kernelkit/compare.py (values
+    restated per operator).
     """
 
     abs: float
@@ -30,7 +31,12 @@ class Check:
     limits: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "passed": self.passed, "figures": self.figures, "limits": self.limits}
+        return {
+            "name": self.name,
+            "passed": self.passed,
+            "figures": self.figures,
+            "limits": self.limits,
+        }
 
 
 def cosine_difference(actual: "Tensor", expected: "Tensor") -> float:
@@ -41,14 +47,26 @@ def cosine_difference(actual: "Tensor", expected: "Tensor") -> float:
 
 
 def compare_tensors(
-    name: str, actual: "Tensor", expected: "Tensor", tolerance: Tolerance, *, mask: "Tensor | None" = None
+    name: str,
+    actual: "Tensor",
+    expected: "Tensor",
+    tolerance: Tolerance,
+    *,
+    mask: "Tensor | None" = None,
 ) -> Check:
     """Compare element by element under `mask` (True = compared); shapes must be equal.
 
-    Figures: `max_abs`, `max_rel` (of elements beyond the absolute tolerance), `cos`, `outside` (elements that
-    fail both tolerances), `special` (NaN or ±inf at a place where it isn't expected, or missing).
+    Figures: `max_abs`, `max_rel` (of elements beyond the absolute tolerance), `cos`, `outside`
+    (elements that fail both tolerances), `special` (NaN or ±inf at a place where it isn't expected,
+    or missing).
     """
-    limits = {"abs": tolerance.abs, "rel": tolerance.rel, "cos": tolerance.cos, "outside": 0, "special": 0}
+    limits = {
+        "abs": tolerance.abs,
+        "rel": tolerance.rel,
+        "cos": tolerance.cos,
+        "outside": 0,
+        "special": 0,
+    }
     if actual.shape != expected.shape:
         return Check(name=name, passed=False, figures={"shape_differs": 1.0}, limits=limits)
     x, y = actual.float(), expected.float()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 def expect_tensor(
     name: str, tensor: "Tensor", dtype: "torch.dtype | tuple[torch.dtype, ...]", **dims: int | None
 ) -> None:
-    """Raise TypeError or ValueError unless `tensor` has this dtype and these named dimensions, in order.
+    """Raise TypeError or ValueError unless `tensor` has this dtype and these dimensions, in order.
 
     A dimension of None takes any size. The last dimension must have stride 1.
     """

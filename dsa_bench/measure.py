@@ -27,15 +27,15 @@ Clock = Callable[[], float]
 
 WARMUP_CALLS = 3
 WARMUP_SECONDS = 0.05
-MIN_SAMPLES = 10
+MIN_SAMPLES = 20
 MIN_SAMPLES_SLOW = 5
 MAX_SAMPLES = 2000
 LAUNCH_BOUND_SHARE = 0.05
 HARMLESS_WAIT = 0.01
 """Share of a sample by which a wait for the host cannot spoil it."""
 FLUSH_L2_SIZES = 2
-SPIN_FACTOR = 1.5
-SPIN_MARGIN_SECONDS = 20e-6
+SPIN_FACTOR = 2.0
+SPIN_MARGIN_SECONDS = 200e-6
 SPIN_LIMIT_SECONDS = 20e-3
 GIB = 2**30
 
@@ -58,7 +58,7 @@ EFFORTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One timed call. `overtaken`: the GPU may have waited for the host, and not just for an instant."""
+    """One timed call. `overtaken`: the GPU may have waited for the host for some time."""
 
     seconds: float
     overtaken: bool = False

@@ -1,4 +1,4 @@
-"""The vocabulary between the suite and the kernels: Operator, Implementation, Machine, Cost, Unsupported."""
+"""The vocabulary between the suite and the kernels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dsa_bench.record import Case
 
 
 class Unsupported(Exception):
-    """The contract is fine, but this cannot run here; the text is the reason that a person reads."""
+    """The contract is fine, but this cannot run here; the text says why, to a person."""
 
 
 class UsageError(Exception):
@@ -94,7 +94,7 @@ class Implementation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operator:
-    """A function with fixed mathematics, with everything that does not depend on how it is computed."""
+    """A function with fixed mathematics: all that does not depend on how it is computed."""
 
     name: str
     summary: str
@@ -120,4 +120,6 @@ class Operator:
     stage_shapes: Callable[[Any], Mapping[str, Any]] | None = None
     """shape -> stage -> that stage's shape, for its cost and for `supports`."""
     figures: Callable[..., Mapping[str, Any]] | None = None
-    """(inputs, outputs, *, rows=None) -> informative figures that no verdict rests on: the error against dense."""
+    """(inputs, outputs, *, rows=None) -> figures that no verdict rests on: the error of DSA against
+    dense attention.
+    """

@@ -1,4 +1,4 @@
-"""One ended case as plain data: `Case` is what was asked for, `Record` what it gave; both with a JSON form."""
+"""One ended case as plain data: `Case` is what was asked for, `Record` what it gave."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,9 @@ def check_schema(text: object, expected: str) -> None:
     name, _, number = expected.rpartition("@")
     found_name, _, found_number = str(text).rpartition("@")
     if found_name != name or not found_number.isdigit():
-        raise SchemaError(f"schema must be {expected}, got {text!r} (is this a dsa-bench run folder?)")
+        raise SchemaError(
+            f"schema must be {expected}, got {text!r} (is this a dsa-bench run folder?)"
+        )
     if int(found_number) > int(number):
         raise SchemaError(
             f"written by schema {text}, this dsa-bench reads up to {expected} (upgrade dsa-bench)"
@@ -79,7 +81,9 @@ class Timing:
     """Raw samples of one timing mode."""
 
     mode: str
-    """`cold`: L2 flushed before each call; `warm`: not flushed; `graph`: CUDA-graph replay; `cpu`: host clock."""
+    """`cold`: L2 flushed before each call; `warm`: not flushed; `graph`: replay of a CUDA graph;
+    `cpu`: host clock.
+    """
     seconds: tuple[float, ...]
     """One sample a call, in the order taken."""
     stop: str
@@ -134,7 +138,11 @@ class Record:
     """`flops`, `bytes_read`, `bytes_written` of one call, counted on valid entries."""
     memory: MemoryUse | None = None
     gate: Mapping[str, Any] = field(default_factory=dict)
-    """`checks` (see dsa_bench.accuracy.Check), `rows_checked`, `rows`; `dense_error` where it was taken."""
+    """`checks` (see accuracy.Check), `rows_checked`, `rows`; `dense_error` where it was taken."""
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Host seconds that the case spent in each phase: build (compilation counted in), gate,
+    measure, …
+    """
     flags: tuple[str, ...] = ()
     """Named reasons for doubt."""
     reproduce: str = ""
@@ -164,6 +172,7 @@ class Record:
             cost=data.get("cost", {}),
             memory=MemoryUse(**memory) if memory else None,
             gate=data.get("gate", {}),
+            phases=data.get("phases", {}),
             flags=tuple(data.get("flags", ())),
             reproduce=data.get("reproduce", ""),
             extra={k: v for k, v in data.items() if k not in known},

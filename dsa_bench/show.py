@@ -1,7 +1,8 @@
 """What the commands print, as plain tables of text: cases, endings, checks, kernels, machine."""
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,40 @@ class TextTable:
     notes: tuple[str, ...] = ()
     right: frozenset[str] = frozenset()
     """Columns of numbers."""
+    spare: tuple[str, ...] = ()
+    """Columns to do without where the terminal is narrow, in this order."""
+
+
+COLUMN_GAP = 2
+# a longer text is broken into lines
+WRAPPED_WIDTH = 30
+
+
+def fit(table: TextTable, width: int) -> TextTable:
+    """The table without as many of its spare columns as it takes to fit into the width."""
+    widths = {
+        name: min(
+            max(len(text) for text in (name, *column)),
+            sys.maxsize if name in table.right else WRAPPED_WIDTH,
+        )
+        for name, *column in zip(table.head, *table.rows, strict=True)
+    }
+    dropped: list[str] = []
+    for name in table.spare:
+        needed = sum(w + COLUMN_GAP for n, w in widths.items() if n not in dropped) - COLUMN_GAP
+        if needed <= width:
+            break
+        if name in widths:
+            dropped.append(name)
+    if not dropped:
+        return table
+    kept = [i for i, name in enumerate(table.head) if name not in dropped]
+    return replace(
+        table,
+        head=tuple(table.head[i] for i in kept),
+        rows=tuple(tuple(row[i] for i in kept) for row in table.rows),
+        notes=(*table.notes, f"too narrow for: {', '.join(dropped)}"),
+    )
 
 
 def case_label(case: Case) -> str:

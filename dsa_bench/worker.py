@@ -16,8 +16,9 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -101,10 +102,10 @@ class Job:
 def answer(request: Mapping[str, Any], emit: Emit) -> tuple[Record, bool]:
     """The record of one request, and whether this process can go on."""
     case = Case.from_json(request["case"])
-    phases = ["build"]
+    entered: list[tuple[str, float]] = []
 
     def tell(event: Mapping[str, Any]) -> None:
-        phases.append(str(event["phase"]))
+        entered.append((str(event["phase"]), time.monotonic()))
         emit(event)
 
     # dropped on every way out: the traceback of an exception would keep the tensors of the case
@@ -115,12 +116,19 @@ def answer(request: Mapping[str, Any], emit: Emit) -> tuple[Record, bool]:
         fatal = False
     except Exception as error:
         traceback.print_exc()
-        status, reason, fatal = classify(error, phases[-1])
+        status, reason, fatal = classify(error, entered[-1][0] if entered else "build")
         record = Record(case=case, status=status, reason=reason)
         if job:
             record = dataclasses.replace(record, gate=job[0].gate, cost=job[0].cost)
     job.clear()
+    record = dataclasses.replace(record, phases=_durations(entered, time.monotonic()))
     return record, not fatal and release_memory()
+
+
+def _durations(entered: Sequence[tuple[str, float]], now: float) -> dict[str, float]:
+    """Seconds from each phase's beginning to the next one's."""
+    ends = [begin for _, begin in entered[1:]] + [now]
+    return {name: end - begin for (name, begin), end in zip(entered, ends, strict=True)}
 
 
 def classify(error: Exception, phase: str) -> tuple[str, str, bool]:

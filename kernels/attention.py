@@ -40,13 +40,16 @@ def attend(
 
     Args:
         q: [rows, num_heads, head_dim_qk].
-        k: [rows, keys, head_dim_qk]; values are its first `head_dim_v` columns. May hold NaN where not valid.
+        k: [rows, keys, head_dim_qk]; values are its first `head_dim_v` columns. May hold NaN where
+            not valid.
         valid: [rows, keys] bool.
     """
     k = torch.where(valid.unsqueeze(-1), k.float(), 0.0)
     logits = torch.einsum("qhd,qkd->qhk", q.float(), k) * sm_scale
     logits.masked_fill_(~valid.unsqueeze(1), float("-inf"))
-    max_logits = logits.amax(-1) if logits.shape[-1] else logits.new_full(q.shape[:2], float("-inf"))
+    max_logits = (
+        logits.amax(-1) if logits.shape[-1] else logits.new_full(q.shape[:2], float("-inf"))
+    )
     lse = torch.logsumexp(logits, -1)
     empty = ~valid.any(-1)[:, None]
     weights = torch.exp(logits - torch.where(empty, 0.0, lse).unsqueeze(-1))

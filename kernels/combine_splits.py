@@ -1,6 +1,7 @@
 """Merging the splits of one attention row by their log-sums: shared by the decode kernels.
 
-    w_i = 2^(lse_i - max lse)      out = Σ w_i · out_i / Σ w_i      lse = ln 2 · (max lse + log2 Σ w_i)
+    w_i = 2^(lse_i - max lse)
+    out = Σ w_i · out_i / Σ w_i      lse = ln 2 · (max lse + log2 Σ w_i)
 
 Splits hold normalised outputs (fp32) and log2 sums, -inf for a split without a key. A row whose
 splits are all empty: out 0, lse +inf.

@@ -12,7 +12,7 @@ class CompileCase:
     name: str
     kernel: Any
     signature: Mapping[str, str]
-    """Argument -> type: `*bf16:16` a pointer aligned to 16 bytes, `i32:16` an integer divisible by 16."""
+    """Argument -> type: `*bf16:16` a pointer of 16-byte alignment, `i32:16` a multiple of 16."""
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
     """`num_warps`, `num_stages`, `maxnreg`."""

@@ -1,18 +1,21 @@
-"""DeepSeek Sparse Attention, whole: lightning indexer, top-k selector, multi-query attention over the selection.
+"""DeepSeek Sparse Attention, whole: indexer, top-k selector, attention over the selection.
 
-    prefill:  indexer → topk → sparse_prefill          a chunk of seq_len_q queries that ends at position L
-    decode:   paged_indexer → topk → page_slots → sparse_decode      seq_len_q new tokens of batch_size sequences
+    prefill:  indexer → topk → sparse_prefill
+              a chunk of seq_len_q queries that ends at position L
+    decode:   paged_indexer → topk → page_slots → sparse_decode
+              seq_len_q new tokens of batch_size sequences
 
-Each stage is an operator of its own; an implementation of `dsa` names one implementation for each stage.
+Each stage is an operator of its own; an implementation of `dsa` names one implementation for each
+stage.
 
 Shapes (prefill; decode has [batch_size, seq_len_q, …] and paged caches):
     out           [seq_len_q, num_heads, 512]  bf16
     lse           [seq_len_q, num_heads]       fp32   natural logarithm, over the selected keys
     topk_indices  [seq_len_q, topk]            int32  positions in the sequence, -1 = none
 
-Conventions: precision `fp8` means indexer and decode caches in fp8, as V3.2 is deployed, with sparse prefill in bf16;
-`bf16` means bf16 throughout. Nothing of size L × L is held: in prefill the logits are made and consumed in chunks of
-queries of at most `workspace_bytes`.
+Conventions: precision `fp8` means indexer and decode caches in fp8, as V3.2 is deployed, with
+sparse prefill in bf16; `bf16` means bf16 throughout. Nothing of size L × L is held: in prefill the
+logits are made and consumed in chunks of queries of at most `workspace_bytes`.
 
 Source: DeepSeek-V3.2 report, section 2.1; chunking of the logits as in vLLM and SGLang.
 """
@@ -26,7 +29,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dsa_bench.accuracy import Check, compare_tensors
-from dsa_bench.kernels import indexer, page_slots, paged_indexer, sparse_decode, sparse_prefill, topk
+from dsa_bench.kernels import (
+    indexer,
+    page_slots,
+    paged_indexer,
+    sparse_decode,
+    sparse_prefill,
+    topk,
+)
 from dsa_bench.kernels.attention import (
     DECODE_LSE_TOLERANCE,
     DECODE_OUT_TOLERANCE,
@@ -94,7 +104,9 @@ class DsaShape:
                     sm_scale=self.preset.sm_scale,
                 ),
             }
-        return {name: STAGE_OPERATORS[name].shape(self.case, self.preset) for name in STAGES["decode"]}
+        return {
+            name: STAGE_OPERATORS[name].shape(self.case, self.preset) for name in STAGES["decode"]
+        }
 
     @property
     def case(self) -> Case:
@@ -109,6 +121,9 @@ class DsaShape:
             batch_size=self.batch_size,
             num_heads=self.num_heads,
         )
+
+
+Attended = sparse_prefill.SparsePrefillOutputs | sparse_decode.SparseDecodeOutputs
 
 
 class DsaOutputs(NamedTuple):
@@ -209,15 +224,15 @@ def check(
 ) -> tuple[Check, ...]:
     """The selection against the reference's logits, and attention over the selection that was made.
 
-    Logits that differ by rounding may swap keys at the boundary, after which `out` differs by more than rounding;
-    so `out` is compared with the reference on the *actual* selection, and a key may be taken or left only if its
-    reference logit lies within rounding of the k-th largest.
+    Logits that differ by rounding may swap keys at the boundary, after which `out` differs by more
+    than rounding; so `out` is compared with the reference on the *actual* selection, and a key may
+    be taken or left only if its reference logit lies within rounding of the k-th largest.
     """
     if rows is not None:
         inputs, outputs = inputs.select(rows), DsaOutputs(*(x[rows] for x in outputs))
     if isinstance(inputs, DsaPrefillInputs):
         logits = indexer.reference(inputs.indexer_inputs(slice(None))).index_logits
-        attended = sparse_prefill.reference(inputs.attention_inputs(outputs.topk_indices))
+        attended: Attended = sparse_prefill.reference(inputs.attention_inputs(outputs.topk_indices))
     else:
         logits = paged_indexer.reference(inputs.indexer_inputs()).index_logits.flatten(0, 1)
         slots = page_slots.reference(
@@ -232,7 +247,7 @@ def check(
 
 
 def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
-    """Every key clearly above the k-th largest logit is selected, none clearly below; no repetition, no stray -1.
+    """Keys clearly above the k-th largest logit are selected, those clearly below not; none twice.
 
     Args:
         logits: [rows, keys] reference logits, -inf where not visible.
@@ -266,9 +281,10 @@ def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
 def figures(
     inputs: DsaPrefillInputs | DsaDecodeInputs, outputs: DsaOutputs, *, rows: Tensor | None = None
 ) -> dict[str, Any]:
-    """How far the result is from dense attention over all visible keys, on a few rows; a figure, no criterion.
+    """How far a few rows are from dense attention over all visible keys; a figure, no criterion.
 
-    `relative_l2` = ‖out - dense‖ / ‖dense‖; `mass_kept` = mean share of the dense softmax on the selected keys.
+    `relative_l2` = ‖out - dense‖ / ‖dense‖; `mass_kept` = mean share of the dense softmax on the
+    selected keys.
     """
     if rows is not None:
         rows = rows[:DENSE_ERROR_ROWS]

@@ -1,10 +1,11 @@
 """Inputs of the whole pipeline in which indexer and attention look for the same keys.
 
-Every key has a hidden vector z, every query a hidden vector y, both of index_dim Gaussians. The indexer's key is z,
-its queries are y with noise of each head; the latent key is z · A for a fixed A with orthonormal rows, the queries of
-the attention are (y with noise) · A. So both score a key by about ⟨y, z⟩, which is what training the indexer aims at,
-and what DSA leaves out is a measurable, not an arbitrary, part of the attention. The gain makes the logits of the
-attention spread with a standard deviation of about 4.
+Every key has a hidden vector z, every query a hidden vector y, both of index_dim Gaussians. The
+indexer's key is z, its queries are y with noise of each head; the latent key is z · A for a fixed A
+with orthonormal rows, the queries of the attention are (y with noise) · A. So both score a key by
+about ⟨y, z⟩, which is what training the indexer aims at, and what DSA leaves out is a measurable,
+not an arbitrary, part of the attention. The gain makes the logits of the attention spread with a
+standard deviation of about 4.
 """
 
 from dataclasses import dataclass, replace
@@ -123,7 +124,8 @@ class DsaDecodeInputs:
 def make_projection(index_dim: int, width: int, g: torch.Generator) -> Tensor:
     """[index_dim, width] with orthonormal rows."""
     square = torch.randn(width, index_dim, generator=g, device=g.device)
-    return torch.linalg.qr(square).Q.T.contiguous()
+    projection: Tensor = torch.linalg.qr(square).Q.T.contiguous()
+    return projection
 
 
 def make_latents(z: Tensor, projection: Tensor, head_dim_rope: int, g: torch.Generator) -> Tensor:
@@ -133,7 +135,12 @@ def make_latents(z: Tensor, projection: Tensor, head_dim_rope: int, g: torch.Gen
 
 
 def make_queries(
-    y: Tensor, heads: int, projection: Tensor, sm_scale: float, head_dim_rope: int, g: torch.Generator
+    y: Tensor,
+    heads: int,
+    projection: Tensor,
+    sm_scale: float,
+    head_dim_rope: int,
+    g: torch.Generator,
 ) -> Tensor:
     """Hidden vectors [..., index_dim] -> [..., heads, head_dim_v + head_dim_rope] bf16."""
     index_dim = y.shape[-1]
@@ -148,7 +155,7 @@ def make_queries(
 def make_index_queries(
     y: Tensor, heads: int, precision: str, scale: float, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Hidden vectors -> index_q [..., heads, index_dim] and index_weights [..., heads], positive."""
+    """Hidden vectors -> index_q [..., heads, index_dim], index_weights [..., heads], positive."""
     dims = (*y.shape[:-1], heads)
     noise = torch.randn(*dims, y.shape[-1], generator=g, device=g.device)
     index_q, q_scale = make_index_vectors(y.unsqueeze(-2) + HEAD_NOISE * noise, precision)

@@ -2,10 +2,10 @@
 
     scale = 2^ceil(log2(max(amax / 448, floor)))        value = e4m3(clamp(x / scale, ±448))
 
-One scale covers one group of the last dimension. A power of two makes scaling exact in bf16, which is what
-FlashMLA's kernels assume. The floor is where writers differ: the indexer clamps amax to 1e-4 before the
-division by 448, the writer of the latent cache clamps amax / 448 to 1e-4 (dequantised values are equal but for
-vectors smaller than that).
+One scale covers one group of the last dimension. A power of two makes scaling exact in bf16, which
+is what FlashMLA's kernels assume. The floor is where writers differ: the indexer clamps amax to
+1e-4 before the division by 448, the writer of the latent cache clamps amax / 448 to 1e-4
+(dequantised values are equal but for vectors smaller than that).
 """
 
 import torch

@@ -1,9 +1,10 @@
-"""Lightning indexer: for each query the weighted sum over heads of ReLU dot products with every visible key.
+"""Lightning indexer: weighted sums over heads of ReLU dot products of queries with visible keys.
 
-    index_logits[i, n] = index_k_scale[n] · Σ_h index_weights[i, h] · max(0, ⟨index_q[i, h], index_k[n]⟩)
+    index_logits[i, n] =
+        index_k_scale[n] · Σ_h index_weights[i, h] · max(0, ⟨index_q[i, h], index_k[n]⟩)
 
 Shapes:
-    index_q        [seq_len_q, index_heads, index_dim]  e4m3 or bf16  scale of q folded into index_weights
+    index_q        [seq_len_q, index_heads, index_dim]  e4m3 or bf16  its scale is in the weights
     index_k        [seq_len_kv, index_dim]              e4m3 or bf16  one key for all heads
     index_k_scale  [seq_len_kv]                         fp32          all ones for bf16
     index_weights  [seq_len_q, index_heads]             fp32          may be negative
@@ -12,7 +13,8 @@ Shapes:
     index_logits   [seq_len_q, seq_len_kv]              fp32
 
 Conventions: products accumulate in fp32. A row with kv_end <= kv_start is empty. Columns outside
-[kv_start, kv_end) are undefined, in the reference -inf: whoever reads logits bounds itself by the same range.
+[kv_start, kv_end) are undefined, in the reference -inf: whoever reads logits bounds itself by the
+same range.
 
 Source: DeepSeek-V3.2 report, eq. 1; DeepGEMM `fp8_mqa_logits` with clean_logits=False.
 """
@@ -74,7 +76,9 @@ class IndexerOutputs(NamedTuple):
     index_logits: Tensor
 
 
-def causal_range(seq_len_q: int, seq_len_kv: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def causal_range(
+    seq_len_q: int, seq_len_kv: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """kv_start, kv_end of a prefill chunk that ends at position seq_len_kv."""
     first = seq_len_kv - seq_len_q + 1
     kv_end = torch.arange(first, seq_len_kv + 1, dtype=torch.int32, device=device)
@@ -91,9 +95,7 @@ def make_index_vectors(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 def make_inputs(shape: IndexerShape, *, seed: int, device: torch.device | str) -> IndexerInputs:
     """Gaussian queries, keys and weights, quantised as the model does it."""
     g = torch.Generator(device=device).manual_seed(seed)
-    q = torch.randn(
-        shape.seq_len_q, shape.index_heads, shape.index_dim, generator=g, device=device
-    )
+    q = torch.randn(shape.seq_len_q, shape.index_heads, shape.index_dim, generator=g, device=device)
     k = torch.randn(shape.seq_len_kv, shape.index_dim, generator=g, device=device)
     index_q, q_scale = make_index_vectors(q, shape.precision)
     index_k, index_k_scale = make_index_vectors(k, shape.precision)
@@ -136,7 +138,7 @@ def reference(inputs: IndexerInputs, *, rows: Tensor | None = None) -> IndexerOu
 
 
 def logits_tolerance(expected: Tensor, mask: Tensor) -> Tolerance:
-    """cos as DeepGEMM's tests; elements within 1/256 of the rms, for fp8 products accumulate with few bits."""
+    """cos as in DeepGEMM's tests; 1/256 of the rms, for fp8 products accumulate with few bits."""
     values = expected[mask].double()
     rms = values.square().mean().sqrt().item() if values.numel() else 0.0
     return Tolerance(abs=rms / 256 + 1e-30, rel=1 / 128, cos=5e-6)
@@ -154,7 +156,7 @@ def check(
 
 
 def cost(shape: IndexerShape) -> Cost:
-    """2 · index_heads · index_dim FLOP a visible pair; q, weights, k and scales once; visible logits once."""
+    """2 · index_heads · index_dim FLOP a visible pair; inputs and visible logits once."""
     query_bytes = shape.seq_len_q * shape.index_heads * (shape.index_dim * shape.element_bytes + 4)
     key_bytes = shape.seq_len_kv * (shape.index_dim * shape.element_bytes + 4)
     return Cost(

@@ -1,10 +1,11 @@
 """Lightning indexer in plain Triton: one program scores a few queries against a span of keys.
 
-Keys are the rows of the product, heads × queries its columns, so that the sum over heads runs inside a thread and its
-quad: no change of layout, no shared memory. A tile of keys comes by TMA on Hopper (pipelined), by plain loads
-elsewhere; queries and weights stay in shared memory and registers for the whole span. Only tiles that one of the
-queries may see are visited. Bound by the fp8 tensor cores where the two CUDA-core operations a score (max, multiply-add)
-overlap with them. Supports fp8 and bf16, any lengths and visible ranges, head counts that are powers of two.
+Keys are the rows of the product, heads × queries its columns, so that the sum over heads runs
+inside a thread and its quad: no change of layout, no shared memory. A tile of keys comes by TMA
+on Hopper (pipelined), by plain loads elsewhere; queries and weights stay in shared memory and
+registers for the whole span. Only tiles that one of the queries may see are visited. Bound by the
+fp8 tensor cores where the two CUDA-core operations a score (max, multiply-add) overlap with them.
+Supports fp8 and bf16, any lengths and visible ranges, head counts that are powers of two.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ ROW_ALIGNMENT = 64
 
 
 @triton.jit
-def _load_keys(k_src, first, num_keys, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, USE_TMA: tl.constexpr):
+def _load_keys(
+    k_src, first, num_keys, BLOCK_KV: tl.constexpr, DIM: tl.constexpr, USE_TMA: tl.constexpr
+):
     """[BLOCK_KV, DIM]; 0 behind the last key."""
     if USE_TMA:
         return k_src.load([first, 0])
@@ -52,7 +55,8 @@ def _indexer_kernel(
     # read here and not in the loop: Triton does not hoist a load past the loop's stores
     start = tl.load(start_ptr + offs_q, mask=is_query, other=num_keys)
     end = tl.load(end_ptr + offs_q, mask=is_query, other=0)
-    # the union of what the queries see, by scalar loads: bounds reduced from a tensor would not be uniform
+    # the union of what the queries see, by scalar loads: bounds reduced from a tensor would not
+    # be uniform
     first_seen = num_keys
     last_seen = 0
     for j in tl.static_range(BLOCK_Q):
@@ -97,10 +101,11 @@ class IndexerConfig:
 def choose_config(
     num_queries: int, num_keys: int, heads: int, precision: str, num_sms: int
 ) -> IndexerConfig:
-    """128 columns (heads × queries) a tile; keys are divided only where the queries do not fill the GPU.
+    """128 columns (heads × queries) a tile; keys are divided only where the queries do not fill
+    the GPU.
 
-    H100, 4096 × 16384, 64 heads, fp8: 2 queries × 128 keys, 4 warps, 4 stages gave 1016 TFLOP/s, 8 warps 936; a tile
-    of one query or of 64 keys less.
+    H100, 4096 × 16384, 64 heads, fp8: 2 queries × 128 keys, 4 warps, 4 stages gave 1016 TFLOP/s,
+    8 warps 936; a tile of one query or of 64 keys less.
     """
     block_q = max(1, 128 // heads)
     blocks = -(-num_queries // block_q)
@@ -130,7 +135,8 @@ def indexer(
         index_weights: [seq_len_q, index_heads] fp32, contiguous.
         kv_start, kv_end: [seq_len_q] int32.
     Returns:
-        [seq_len_q, seq_len_kv] fp32; the row stride is a multiple of 64. Outside [kv_start, kv_end) it is undefined.
+        [seq_len_q, seq_len_kv] fp32; the row stride is a multiple of 64. Outside [kv_start,
+        kv_end) it is undefined.
     """
     check_arguments(index_q, index_k, index_k_scale, index_weights, kv_start, kv_end)
     (num_queries, heads, dim), num_keys = index_q.shape, index_k.shape[0]
@@ -202,9 +208,15 @@ def run(inputs: IndexerInputs) -> IndexerOutputs:
 def supports(shape: IndexerShape, machine: Machine) -> str | None:
     needed = (8, 9) if shape.precision == "fp8" else (8, 0)
     if machine.capability is None or machine.capability < needed:
-        return f"triton indexer in {shape.precision} needs sm_{needed[0]}{needed[1]} or newer, this is {machine.name}"
+        return (
+            f"triton indexer in {shape.precision} needs sm_{needed[0]}{needed[1]} or newer,"
+            f" this is {machine.name}"
+        )
     if shape.index_heads & (shape.index_heads - 1) or shape.index_heads < 8:
-        return f"triton indexer needs a power of two of 8 or more heads, this case has {shape.index_heads}"
+        return (
+            "triton indexer needs a power of two of 8 or more heads,"
+            f" this case has {shape.index_heads}"
+        )
     return None
 
 
@@ -218,7 +230,8 @@ def compile_cases() -> list[CompileCase]:
         signature = {
             "q_src": f"tensordesc<{dtype}[{config.block_q * 64}, 128]>",
             "k_src": f"tensordesc<{dtype}[{config.block_kv}, 128]>",
-            "scale_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "start_ptr": "*i32:16", "end_ptr": "*i32:16",
+            "scale_ptr": "*fp32:16", "weights_ptr": "*fp32:16",
+            "start_ptr": "*i32:16", "end_ptr": "*i32:16",
             "logits_ptr": "*fp32:16", "num_queries": "i32:16", "num_keys": "i32:16",
             "stride_logits_row": "i32:16", "span": "i32:16",
         }  # fmt: skip

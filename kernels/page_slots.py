@@ -1,6 +1,7 @@
 """Positions to slots: where in the paged cache the selected positions of each sequence lie.
 
-    topk_slots[b, j, p] = block_table[b, t // page_size] · page_size + t % page_size,  t = topk_indices[b, j, p]
+    topk_slots[b, j, p] = block_table[b, t // page_size] · page_size + t % page_size
+    with t = topk_indices[b, j, p]
 
 Shapes:
     topk_indices  [batch_size, seq_len_q, topk]  int32  positions in the sequence
@@ -53,9 +54,7 @@ class PageSlotsOutputs(NamedTuple):
     topk_slots: Tensor
 
 
-def make_inputs(
-    shape: PageSlotsShape, *, seed: int, device: torch.device | str
-) -> PageSlotsInputs:
+def make_inputs(shape: PageSlotsShape, *, seed: int, device: torch.device | str) -> PageSlotsInputs:
     """Random distinct positions in sequences whose pages are randomly permuted."""
     g = torch.Generator(device=device).manual_seed(seed)
     rows = shape.batch_size * shape.seq_len_q
@@ -88,7 +87,9 @@ def check(
     actual = outputs.topk_slots if rows is None else outputs.topk_slots[rows]
     wrong = float((actual != expected).sum().item())
     return (
-        Check(name="topk_slots", passed=wrong == 0, figures={"wrong": wrong}, limits={"wrong": 0.0}),
+        Check(
+            name="topk_slots", passed=wrong == 0, figures={"wrong": wrong}, limits={"wrong": 0.0}
+        ),
     )
 
 

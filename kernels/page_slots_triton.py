@@ -1,4 +1,4 @@
-"""Positions to slots in plain Triton: one program a block of entries of one query; a gather from the block table.
+"""Positions to slots in plain Triton: a program gathers a block of entries of one query.
 
 Bound by its launch: 8 bytes an entry.
 """
@@ -43,16 +43,21 @@ def page_slots(topk_indices: Tensor, block_table: Tensor, *, page_size: int) -> 
     Returns:
         [batch_size, seq_len_q, topk] int32.
     """
-    expect_tensor("topk_indices", topk_indices, torch.int32, batch_size=None, seq_len_q=None, topk=None)
+    expect_tensor(
+        "topk_indices", topk_indices, torch.int32, batch_size=None, seq_len_q=None, topk=None
+    )
     batch_size, seq_len_q, topk = topk_indices.shape
     expect_tensor("block_table", block_table, torch.int32, batch_size=batch_size, max_pages=None)
     expect_same_device(topk_indices=topk_indices, block_table=block_table)
     if not topk_indices.is_contiguous():
-        raise ValueError(f"topk_indices must be contiguous, got strides {tuple(topk_indices.stride())}")
+        raise ValueError(
+            f"topk_indices must be contiguous, got strides {tuple(topk_indices.stride())}"
+        )
     slots = torch.empty_like(topk_indices)
     if slots.numel():
         _page_slots_kernel[(batch_size * seq_len_q, -(-topk // BLOCK))](
-            topk_indices, block_table, slots, seq_len_q, topk, block_table.shape[1], block_table.stride(0),
+            topk_indices, block_table, slots,
+            seq_len_q, topk, block_table.shape[1], block_table.stride(0),
             PAGE_SIZE=page_size, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return slots

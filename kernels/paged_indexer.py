@@ -1,19 +1,22 @@
-"""Lightning indexer over a paged cache, for decode: index logits of one or few new queries a sequence.
+"""Lightning indexer over a paged cache, for decode: index logits of a few queries a sequence.
 
-    index_logits[b, j, s] = scale(b, s) · Σ_h index_weights[b, j, h] · max(0, ⟨index_q[b, j, h], key(b, s)⟩)
+    index_logits[b, j, s] =
+        scale(b, s) · Σ_h index_weights[b, j, h] · max(0, ⟨index_q[b, j, h], key(b, s)⟩)
 
-key(b, s) and scale(b, s) lie on page block_table[b, s // page_size] of `index_cache` (layout: `paging.py`).
+key(b, s) and scale(b, s) lie on page block_table[b, s // page_size] of `index_cache` (layout:
+`paging.py`).
 
 Shapes:
     index_q        [batch_size, seq_len_q, index_heads, index_dim]  e4m3 or bf16
     index_cache    [num_pages, page_size · 132] uint8, or [num_pages, page_size · 128] bf16
     index_weights  [batch_size, seq_len_q, index_heads]             fp32
-    seq_lens       [batch_size, seq_len_q]                          int32  keys that query (b, j) sees; 0 is allowed
+    seq_lens       [batch_size, seq_len_q]                          int32  visible keys, from 0 on
     block_table    [batch_size, max_pages]                          int32
     index_logits   [batch_size, seq_len_q, max_pages · page_size]   fp32
 
-Conventions: columns at and beyond seq_lens[b, j] are undefined (the reference holds -inf there). Entries of
-block_table beyond the last page of a sequence are never read; pages are not checked against num_pages.
+Conventions: columns at and beyond seq_lens[b, j] are undefined (the reference holds -inf there).
+Entries of block_table beyond the last page of a sequence are never read; pages are not checked
+against num_pages.
 
 Source: DeepGEMM `fp8_paged_mqa_logits` with 2-D context_lens and clean_logits=False.
 """
@@ -56,7 +59,7 @@ class PagedIndexerShape:
 
     @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs: query j of a sequence sees seq_len_kv - seq_len_q + j + 1 keys."""
+        """Visible (query, key) pairs: query j sees seq_len_kv - seq_len_q + j + 1 keys."""
         n, m = self.seq_len_kv, self.seq_len_q
         return self.batch_size * (m * (n - m) + m * (m + 1) // 2)
 
@@ -107,8 +110,10 @@ def make_inputs(
 def decode_lens(
     batch_size: int, seq_len_q: int, seq_len_kv: int, device: torch.device | str
 ) -> Tensor:
-    """[batch_size, seq_len_q] int32: the last query sees seq_len_kv keys, the one before it one less."""
-    last = torch.arange(seq_len_kv - seq_len_q + 1, seq_len_kv + 1, dtype=torch.int32, device=device)
+    """[batch_size, seq_len_q] int32: the last query sees all keys, each before it one less."""
+    last = torch.arange(
+        seq_len_kv - seq_len_q + 1, seq_len_kv + 1, dtype=torch.int32, device=device
+    )
     return last.expand(batch_size, seq_len_q).contiguous()
 
 
@@ -136,16 +141,14 @@ def check(
 ) -> tuple[Check, ...]:
     """Compare the columns below seq_lens with the reference."""
     expected = reference(inputs, rows=rows).index_logits
-    actual, lens = (
-        x if rows is None else x[rows] for x in (outputs.index_logits, inputs.seq_lens)
-    )
+    actual, lens = (x if rows is None else x[rows] for x in (outputs.index_logits, inputs.seq_lens))
     mask = torch.arange(expected.shape[-1], device=expected.device) < lens.unsqueeze(-1)
     tolerance = logits_tolerance(expected, mask)
     return (compare_tensors("index_logits", actual, expected, tolerance, mask=mask),)
 
 
 def cost(shape: PagedIndexerShape) -> Cost:
-    """2 · index_heads · index_dim FLOP a visible pair; each sequence's keys once, whatever seq_len_q is."""
+    """2 · index_heads · index_dim FLOP a visible pair; the keys of a sequence once."""
     element = 1 if shape.precision == "fp8" else 2
     queries = shape.batch_size * shape.seq_len_q * shape.index_heads
     keys = shape.batch_size * shape.seq_len_kv

@@ -1,9 +1,9 @@
-"""Lightning indexer over a paged cache in plain Triton: one program scores the queries of a sequence on some pages.
+"""Lightning indexer over a paged cache in Triton: a program scores a sequence on some pages.
 
-As in `indexer_triton.py` keys are the rows of the product and heads × queries its columns. One tile is one page; the
-pages of a sequence are divided over programs so that small batches fill the GPU. With one query a sequence the work is
-bound by reading 132 bytes a key. Supports fp8 and bf16 caches, any seq_len_q, lengths that differ by query, pages that
-are a power of two.
+As in `indexer_triton.py` keys are the rows of the product and heads × queries its columns. One tile
+is one page; the pages of a sequence are divided over programs so that small batches fill the GPU.
+With one query a sequence the work is bound by reading 132 bytes a key. Supports fp8 and bf16
+caches, any seq_len_q, lengths that differ by query, pages that are a power of two.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class PagedIndexerConfig:
 def choose_config(
     batch_size: int, seq_len_q: int, max_pages: int, heads: int, precision: str, num_sms: int
 ) -> PagedIndexerConfig:
-    """Enough programs for four on each SM, but not below four pages a program, whose start would then dominate."""
+    """Enough programs for four on each SM; with less than four pages their start would dominate."""
     block_q = 1
     while block_q < seq_len_q and 2 * block_q * heads <= MAX_COLUMNS:
         block_q *= 2
@@ -86,7 +86,10 @@ def choose_config(
     wanted = max(1, -(-8 * num_sms // programs))
     pages = max(4, -(-max_pages // wanted))
     return PagedIndexerConfig(
-        block_q=block_q, pages_a_program=pages, num_warps=4, num_stages=6 if precision == "fp8" else 4
+        block_q=block_q,
+        pages_a_program=pages,
+        num_warps=4,
+        num_stages=6 if precision == "fp8" else 4,
     )
 
 
@@ -103,7 +106,8 @@ def paged_indexer(
 
     Args:
         index_q: [batch_size, seq_len_q, index_heads, 128] e4m3 or bf16, contiguous.
-        index_cache: [num_pages, page_size · 132] uint8 (for e4m3) or [num_pages, page_size · 128] bf16, contiguous.
+        index_cache: [num_pages, page_size · 132] uint8 (for e4m3) or [num_pages, page_size · 128]
+            bf16, contiguous.
         index_weights: [batch_size, seq_len_q, index_heads] fp32, contiguous.
         seq_lens: [batch_size, seq_len_q] int32, contiguous.
         block_table: [batch_size, max_pages] int32, contiguous.
@@ -149,7 +153,13 @@ def check_arguments(
     """Refuse what the kernel cannot read, in a sentence."""
     dtypes = (torch.float8_e4m3fn, torch.bfloat16)
     expect_tensor(
-        "index_q", index_q, dtypes, batch_size=None, seq_len_q=None, index_heads=None, index_dim=INDEX_DIM
+        "index_q",
+        index_q,
+        dtypes,
+        batch_size=None,
+        seq_len_q=None,
+        index_heads=None,
+        index_dim=INDEX_DIM,
     )
     batch_size, seq_len_q, heads, _ = index_q.shape
     is_fp8 = index_q.dtype == torch.float8_e4m3fn
@@ -196,9 +206,15 @@ def supports(shape: PagedIndexerShape, machine: Machine) -> str | None:
             f" this is {machine.name}"
         )
     if shape.index_heads & (shape.index_heads - 1) or shape.index_heads < 8:
-        return f"triton paged_indexer needs a power of two of 8 or more heads, this case has {shape.index_heads}"
+        return (
+            "triton paged_indexer needs a power of two of 8 or more heads,"
+            f" this case has {shape.index_heads}"
+        )
     if shape.page_size & (shape.page_size - 1) or shape.page_size < 16:
-        return f"triton paged_indexer needs a page_size that is a power of two, this case has {shape.page_size}"
+        return (
+            "triton paged_indexer needs a page_size that is a power of two,"
+            f" this case has {shape.page_size}"
+        )
     return None
 
 
@@ -215,8 +231,9 @@ def compile_cases() -> list[CompileCase]:
         config = choose_config(32, seq_len_q, 512, 64, precision, 132)
         signature = {
             "q_ptr": f"*{dtype}:16", "keys_ptr": f"*{dtype}:16", "scales_ptr": "*fp32:16",
-            "weights_ptr": "*fp32:16", "lens_ptr": "*i32:16", "table_ptr": "*i32:16", "logits_ptr": "*fp32:16",
-            "seq_len_q": "i32", "max_pages": "i32:16", "pages_a_program": "i32", "stride_page": "i32:16",
+            "weights_ptr": "*fp32:16", "lens_ptr": "*i32:16", "table_ptr": "*i32:16",
+            "logits_ptr": "*fp32:16", "seq_len_q": "i32", "max_pages": "i32:16",
+            "pages_a_program": "i32", "stride_page": "i32:16",
             "stride_scale_page": "i32:16", "stride_logits_row": "i32:16",
         }  # fmt: skip
         cases.append(

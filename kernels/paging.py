@@ -1,6 +1,7 @@
 """Layouts of the two paged caches, and positions to slots.
 
-Slot = page · page_size + offset. `block_table[b, i]` is the page of positions i · page_size … of sequence b.
+Slot = page · page_size + offset. `block_table[b, i]` is the page of positions i · page_size … of
+sequence b.
 
 MLA latent cache, fp8: [num_pages, page_size, 656] uint8, a token is
     bytes   0..511   512 e4m3 latents
@@ -8,11 +9,12 @@ MLA latent cache, fp8: [num_pages, page_size, 656] uint8, a token is
     bytes 528..655   64 bf16, the rotated key
 MLA latent cache, bf16: [num_pages, page_size, 576] bf16, latents then rotated key.
 
-Indexer key cache, fp8: [num_pages, page_size · 132] uint8; a page holds first the e4m3 values of all its tokens,
-then their fp32 scales: it is *not* interleaved by token.
+Indexer key cache, fp8: [num_pages, page_size · 132] uint8; a page holds first the e4m3 values of
+all its tokens, then their fp32 scales: it is *not* interleaved by token.
 Indexer key cache, bf16: [num_pages, page_size · 128] bf16.
 
-Source: FlashMLA flash_mla_interface.py and tests/quant.py (656 bytes); DeepGEMM tests/test_attention.py (132 bytes).
+Source: FlashMLA flash_mla_interface.py and tests/quant.py (656 bytes); DeepGEMM
+tests/test_attention.py (132 bytes).
 """
 
 from collections.abc import Callable
@@ -49,7 +51,8 @@ def pack_mla_rows(kv: Tensor, precision: str) -> Tensor:
     values, scale = quantize(kv[..., :HEAD_DIM_V], LATENT_GROUP, LATENT_SCALE_FLOOR)
     rope = kv[..., HEAD_DIM_V:].bfloat16().contiguous()
     return torch.cat(
-        [values.view(torch.uint8), scale.contiguous().view(torch.uint8), rope.view(torch.uint8)], dim=-1
+        [values.view(torch.uint8), scale.contiguous().view(torch.uint8), rope.view(torch.uint8)],
+        dim=-1,
     )
 
 
@@ -66,7 +69,7 @@ def unpack_mla_rows(rows: Tensor) -> Tensor:
 
 
 def pack_index_pages(index_k: Tensor, precision: str) -> Tensor:
-    """[num_pages, page_size, 128] -> [num_pages, page_size · 132] uint8, or [num_pages, page_size · 128] bf16."""
+    """[pages, page_size, 128] -> [pages, page_size · 132] uint8, or [pages, … · 128] bf16."""
     if precision == "bf16":
         return index_k.bfloat16().flatten(1)
     values, scale = quantize_index_vectors(index_k)
@@ -76,7 +79,7 @@ def pack_index_pages(index_k: Tensor, precision: str) -> Tensor:
 
 
 def unpack_index_pages(index_cache: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Pages -> values [num_pages, page_size, 128] fp32 (unscaled) and scales [num_pages, page_size] fp32."""
+    """Pages -> fp32 values [pages, page_size, 128], unscaled, and scales [pages, page_size]."""
     if index_cache.dtype == torch.bfloat16:
         values = index_cache.float().unflatten(1, (page_size, INDEX_DIM))
         return values, torch.ones(values.shape[:2], device=values.device)
@@ -93,11 +96,15 @@ def make_block_table(batch_size: int, max_pages: int, generator: torch.Generator
 
 
 def make_cache(
-    num_pages: int, page_size: int, rows_of: Callable[[int], tuple[Tensor, ...]], *, device: torch.device | str
+    num_pages: int,
+    page_size: int,
+    rows_of: Callable[[int], tuple[Tensor, ...]],
+    *,
+    device: torch.device | str,
 ) -> list[Tensor]:
     """Fill caches page by page, so that no fp32 copy of a whole cache is ever held.
 
-    `rows_of(pages)` returns the packed tensors of that many pages; their first dimension is `pages`.
+    `rows_of(pages)` returns the packed tensors of that many pages; that is their first dimension.
     """
     chunk = max(1, 65536 // page_size)
     caches: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Two warpgroups attend to one list of keys: the device code that sparse prefill and sparse decode share on Hopper.
+"""Two warpgroups attend to one list of keys: device code of sparse prefill and decode on Hopper.
 
 One program: one query, 64 of its heads, the whole key list in pairs of 64-key blocks. Three roles:
 
@@ -12,17 +12,20 @@ One program: one query, 64 of its heads, the whole key list in pairs of 64-key b
                P0 rescaled to m1 → over K0's rope     P1 → p_right
                O_L += P1·V1[left]                     O_R += P0·V0[right]
 
-So each warpgroup holds half of O (64 × 256 fp32 = 128 registers a thread) and the score work is split evenly; the
-scheme is the one that FlashMLA's documentation describes as "seesaw". Buffers are freed by halves, therefore two
-blocks behave like four. Shared memory: Q 72 KB, two blocks of K 144 KB, P1 8 KB: 225 of 227 KB.
+So each warpgroup holds half of O (64 × 256 fp32 = 128 registers a thread) and the score work is
+split evenly; the scheme is the one that FlashMLA's documentation describes as "seesaw". Buffers
+are freed by halves, therefore two blocks behave like four. Shared memory: Q 72 KB, two blocks of
+K 144 KB, P1 8 KB: 225 of 227 KB.
 
 What the compiler (Triton 3.6) makes necessary:
-* Shared-memory buffers are indexed by `opaque_zero()` inside loops. With constant addresses LLVM hoists all 72 wgmma
-  descriptors out of the loop, and they are spilled (1,064 bytes).
-* The handshakes between the warpgroups are hardware named barriers: every mbarrier operation costs a bar.sync of the
-  whole partition, a named barrier needs none because all 256 threads take part.
-* The new maximum is read back from shared memory after its barrier; otherwise ptxas moves 250 instructions of
-  exponentials in front of the arrival that the other warpgroup waits for (607 → 631 TFLOP/s, H100, 8K keys).
+* Shared-memory buffers are indexed by `opaque_zero()` inside loops. With constant addresses LLVM
+  hoists all 72 wgmma descriptors out of the loop, and they are spilled (1,064 bytes).
+* The handshakes between the warpgroups are hardware named barriers: every mbarrier operation
+  costs a bar.sync of the whole partition, a named barrier needs none because all 256 threads
+  take part.
+* The new maximum is read back from shared memory after its barrier; otherwise ptxas moves 250
+  instructions of exponentials in front of the arrival that the other warpgroup waits for (607 →
+  631 TFLOP/s, H100, 8K keys).
 """
 
 from triton.experimental import gluon
@@ -48,7 +51,8 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 INT_MIN = gl.constexpr(-(2**31))
 NO_MAXIMUM = gl.constexpr(-1e30)
-"""Running maximum of a row without a key; finite, so that differences of two of them are 0 and not NaN."""
+"""Running maximum of a row without a key; finite, so that differences of two of them are 0 and
+not NaN."""
 
 # 0 and 1 and one for each worker are the compiler's
 MAX_LEFT_SET = gl.constexpr(8)
@@ -78,7 +82,9 @@ class Tiles:
     q_rope: gl.shared_memory_descriptor  # [1, BLOCK_H, ROPE]
     k_left: gl.shared_memory_descriptor  # [2, BLOCK_KV, HALF_V]
     k_right: gl.shared_memory_descriptor
-    k_rope: gl.shared_memory_descriptor  # [2, BLOCK_KV, ROPE]; block 0's also takes P0, for K0's is dead by then
+    k_rope: (
+        gl.shared_memory_descriptor
+    )  # [2, BLOCK_KV, ROPE]; block 0's also takes P0, for K0's is dead by then
     p_right: gl.shared_memory_descriptor  # [1, BLOCK_H, BLOCK_KV]
     max_left: gl.shared_memory_descriptor  # [BLOCK_H] fp32, as the next three
     max_right: gl.shared_memory_descriptor
@@ -111,12 +117,15 @@ class Tiles:
 
 @aggregate
 class KeyList:
-    """The keys of one program: int32 row numbers, of which those outside 0 … num_keys - 1 are skipped."""
+    """The keys of one program: int32 row numbers, of which those outside 0 … num_keys - 1 are
+    skipped."""
 
     ptr: gl.tensor
     length: gl.tensor  # entries that count; only looked at where IS_RAGGED
     num_keys: gl.tensor
-    NUM_PAIRS: gl.constexpr  # pairs of blocks to walk; a trip count known at run time alone makes ptxas spill
+    NUM_PAIRS: (
+        gl.constexpr
+    )  # pairs of blocks to walk; a trip count known at run time alone makes ptxas spill
     IS_RAGGED: gl.constexpr  # length is not a multiple of 128, or differs by row
 
     @gluon.constexpr_function
@@ -130,9 +139,12 @@ class KeyList:
 
 @aggregate
 class Result:
-    """Where one program writes. Offsets are added at the end: a 64-bit pointer kept through the loop is spilled."""
+    """Where one program writes. Offsets are added at the end: a 64-bit pointer kept through the
+    loop is spilled."""
 
-    out_ptr: gl.tensor  # [rows, 512] bf16 without gaps, or fp32 if IS_PARTIAL; a row is a head of a query
+    out_ptr: (
+        gl.tensor
+    )  # [rows, 512] bf16 without gaps, or fp32 if IS_PARTIAL; a row is a head of a query
     lse_ptr: gl.tensor  # [rows] fp32
     max_ptr: gl.tensor  # [rows] fp32, used if HAS_MAX
     sink_ptr: gl.tensor  # [num_heads] fp32, used if HAS_SINK
@@ -164,7 +176,7 @@ class Result:
 
 @gluon.constexpr_function
 def barrier_asm(kind, number):
-    """Both warpgroups take part: 256 threads. The result is only there because an asm must have one."""
+    """Both warpgroups take part: 256 threads. An asm must have a result, hence the mov."""
     return f"bar.{kind} {number}, 256; mov.b32 $0, 0;"
 
 
@@ -194,7 +206,8 @@ def opaque_zero():
 
 @gluon.jit
 def allocate_tiles(LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr):
-    """Shared memory with barriers that expect these arrivals at a left half, and at a right half with rope."""
+    """Shared memory with barriers that expect these arrivals at a left half, and at a right half
+    with rope."""
     q_left = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, HALF_V], TILE)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, HALF_V], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, ROPE], TILE)
@@ -226,7 +239,9 @@ def load_query(q_ptr, stride_head, num_heads, tiles, HEADS_MASKED: gl.constexpr)
     """q_ptr [num_heads, 576] -> the three query tiles; heads that do not exist become 0."""
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    _load_query_tile(q_ptr, stride_head, num_heads, tiles.q_left.index(0), 0, HALF_V, HEADS_MASKED, WIDE)
+    _load_query_tile(
+        q_ptr, stride_head, num_heads, tiles.q_left.index(0), 0, HALF_V, HEADS_MASKED, WIDE
+    )
     _load_query_tile(
         q_ptr, stride_head, num_heads, tiles.q_right.index(0), HALF_V, HALF_V, HEADS_MASKED, WIDE
     )
@@ -267,8 +282,18 @@ def is_key(rows, num_keys):
 
 
 @gluon.jit
-def copy_rows(tile, kv_ptr, stride_row, rows, valid, FIRST: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """Columns FIRST … of the rows -> tile [64, WIDTH], by cp.async of 16 bytes a thread; 0 where not valid."""
+def copy_rows(
+    tile,
+    kv_ptr,
+    stride_row,
+    rows,
+    valid,
+    FIRST: gl.constexpr,
+    WIDTH: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Columns FIRST … of the rows -> tile [64, WIDTH], by cp.async of 16 bytes a thread; 0 where
+    not valid."""
     offs_d = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     offs_d = gl.max_contiguous(gl.multiple_of(offs_d, 8), 8)
     ptrs = kv_ptr + (rows.to(gl.int64) * stride_row)[:, None] + offs_d[None, :]
@@ -277,7 +302,8 @@ def copy_rows(tile, kv_ptr, stride_row, rows, valid, FIRST: gl.constexpr, WIDTH:
 
 @gluon.jit
 def load_bf16_rows(kv_ptr, stride_row, keys, tiles):
-    """The loader for bf16 rows of 576: half blocks in the order in which the consumers touch them."""
+    """The loader for bf16 rows of 576: half blocks in the order in which the consumers touch
+    them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     next0 = load_key_block(keys, 0, ROWS)
@@ -299,12 +325,16 @@ def load_bf16_rows(kv_ptr, stride_row, keys, tiles):
 
         mbarrier.wait(tiles.free.index(K1_RIGHT), phase)
         copy_rows(tiles.k_right.index(1), kv_ptr, stride_row, rows1, valid1, HALF_V, HALF_V, LAYOUT)
-        copy_rows(tiles.k_rope.index(1), kv_ptr, stride_row, rows1, valid1, 2 * HALF_V, ROPE, LAYOUT)
+        copy_rows(
+            tiles.k_rope.index(1), kv_ptr, stride_row, rows1, valid1, 2 * HALF_V, ROPE, LAYOUT
+        )
         async_copy.mbarrier_arrive(tiles.ready.index(K1_RIGHT), increment_count=False)
 
         mbarrier.wait(tiles.free.index(K0_RIGHT), phase)
         copy_rows(tiles.k_right.index(0), kv_ptr, stride_row, rows0, valid0, HALF_V, HALF_V, LAYOUT)
-        copy_rows(tiles.k_rope.index(0), kv_ptr, stride_row, rows0, valid0, 2 * HALF_V, ROPE, LAYOUT)
+        copy_rows(
+            tiles.k_rope.index(0), kv_ptr, stride_row, rows0, valid0, 2 * HALF_V, ROPE, LAYOUT
+        )
         async_copy.mbarrier_arrive(tiles.ready.index(K0_RIGHT), increment_count=False)
 
         mbarrier.wait(tiles.free.index(K1_LEFT), phase)
@@ -329,11 +359,19 @@ def attend_left(tiles, keys, result, qk_scale_log2):
     z = opaque_zero()
     mbarrier.wait(tiles.ready.index(K0_LEFT), 0)
     s = warpgroup_mma(
-        tiles.q_left.index(z), tiles.k_left.index(z).permute((1, 0)), no_scores, use_acc=False, is_async=True
+        tiles.q_left.index(z),
+        tiles.k_left.index(z).permute((1, 0)),
+        no_scores,
+        use_acc=False,
+        is_async=True,
     )
     mbarrier.wait(tiles.ready.index(K0_RIGHT), 0)
-    s = warpgroup_mma(tiles.q_right.index(z), tiles.k_right.index(z).permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma(tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(
+        tiles.q_right.index(z), tiles.k_right.index(z).permute((1, 0)), s, is_async=True
+    )
+    s = warpgroup_mma(
+        tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s, is_async=True
+    )
     s = warpgroup_mma_wait(0, deps=[s])
     for i in range(keys.NUM_PAIRS):
         phase = i & 1
@@ -364,7 +402,9 @@ def attend_left(tiles, keys, result, qk_scale_log2):
         mbarrier.arrive(tiles.free.index(K0_LEFT), count=1)
         acc = acc * gl.convert_layout(beta, OUT_ROW, assert_trivial=True)[:, None]
         wait_at(P_RIGHT_SET)
-        acc_token = warpgroup_mma(tiles.p_right.index(z), tiles.k_left.index(z + 1), acc, is_async=True)
+        acc_token = warpgroup_mma(
+            tiles.p_right.index(z), tiles.k_left.index(z + 1), acc, is_async=True
+        )
         if i + 1 < keys.NUM_PAIRS:
             mbarrier.wait(tiles.ready.index(K0_LEFT), phase ^ 1)
             s_token = warpgroup_mma(
@@ -375,7 +415,10 @@ def attend_left(tiles, keys, result, qk_scale_log2):
             mbarrier.arrive(tiles.free.index(K1_LEFT), count=1)
             mbarrier.wait(tiles.ready.index(K0_RIGHT), phase ^ 1)
             s_token = warpgroup_mma(
-                tiles.q_right.index(z), tiles.k_right.index(z).permute((1, 0)), s_token, is_async=True
+                tiles.q_right.index(z),
+                tiles.k_right.index(z).permute((1, 0)),
+                s_token,
+                is_async=True,
             )
             s_token = warpgroup_mma(
                 tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s_token, is_async=True
@@ -410,9 +453,13 @@ def attend_right(tiles, keys, result, qk_scale_log2):
             tiles.q_right.index(z), tiles.k_right.index(z + 1).permute((1, 0)), no_scores,
             use_acc=False, is_async=True,
         )  # fmt: skip
-        s = warpgroup_mma(tiles.q_rope.index(z), tiles.k_rope.index(z + 1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(
+            tiles.q_rope.index(z), tiles.k_rope.index(z + 1).permute((1, 0)), s, is_async=True
+        )
         mbarrier.wait(tiles.ready.index(K1_LEFT), phase)
-        s = warpgroup_mma(tiles.q_left.index(z), tiles.k_left.index(z + 1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma(
+            tiles.q_left.index(z), tiles.k_left.index(z + 1).permute((1, 0)), s, is_async=True
+        )
         s = warpgroup_mma_wait(0, deps=[s])
         s = gl.where(is_key(rows, keys.num_keys)[None, :], s, -float("inf"))
         own_max = gl.max(s, 1) * qk_scale_log2

@@ -1,24 +1,26 @@
-"""Sparse multi-query attention of new tokens over a paged latent cache, each over the slots its index row lists.
+"""Sparse multi-query attention of new tokens over the slots of a paged cache that they list.
 
-    out[b, j, h] = softmax over p of (sm_scale · ⟨q[b, j, h], row(topk_slots[b, j, p])⟩) · row(…)[:512]
+    out[b, j, h] = softmax over p of (sm_scale · ⟨q[b, j, h], row(s_p)⟩) · row(s_p)[:512]
+    with s_p = topk_slots[b, j, p]
 
-row(slot) is the dequantised cache row, rounded to bf16 (layout: `paging.py`); the full definition of the softmax,
-the sink and empty rows is in `attention.py`.
+row(slot) is the dequantised cache row, rounded to bf16 (layout: `paging.py`); the full definition
+of the softmax, the sink and empty rows is in `attention.py`.
 
 Shapes:
     q           [batch_size, seq_len_q, num_heads, 576]  bf16
     kv_cache    [num_pages, page_size, 656] uint8, or [num_pages, page_size, 576] bf16
     topk_slots  [batch_size, seq_len_q, topk]            int32  page · page_size + offset
     attn_sink   [num_heads] or None                      fp32
-    topk_lens   [batch_size, seq_len_q] or None          int32  entries of an index row that are used
+    topk_lens   [batch_size, seq_len_q] or None          int32  used entries of an index row
     out         [batch_size, seq_len_q, num_heads, 512]  bf16
     lse         [batch_size, seq_len_q, num_heads]       fp32   natural logarithm
 
-Conventions: a slot outside 0 … num_pages · page_size - 1 is skipped, whatever its value. Rows that no valid slot
-names are never read into the result: they may hold NaN. A query without a valid slot: out 0, lse +inf.
+Conventions: a slot outside 0 … num_pages · page_size - 1 is skipped, whatever its value. Rows that
+no valid slot names are never read into the result: they may hold NaN. A query without a valid slot:
+out 0, lse +inf.
 
-Source: FlashMLA `flash_mla_with_kvcache` with is_fp8_kvcache and indices. Differences: only -1 is invalid there,
-a larger slot is a wild read; lse is [batch, heads, seq_len_q] there.
+Source: FlashMLA `flash_mla_with_kvcache` with is_fp8_kvcache and indices. Differences: only -1 is
+invalid there, a larger slot is a wild read; lse is [batch, heads, seq_len_q] there.
 """
 
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ from dsa_bench.record import Case
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseDecodeShape:
-    """batch_size sequences of context seq_len_kv; each of seq_len_q queries selects topk rows of its sequence."""
+    """Each of seq_len_q queries of a sequence of seq_len_kv tokens selects topk rows of it."""
 
     batch_size: int
     seq_len_kv: int
@@ -94,7 +96,7 @@ class SparseDecodeOutputs(NamedTuple):
 def make_inputs(
     shape: SparseDecodeShape, *, seed: int, device: torch.device | str
 ) -> SparseDecodeInputs:
-    """Random queries and cache; each query selects distinct random rows of its own sequence's pages."""
+    """Random queries and cache; a query selects distinct random rows of its own sequence."""
     g = torch.Generator(device=device).manual_seed(seed)
 
     def latent_pages(pages: int) -> tuple[Tensor, ...]:
@@ -129,9 +131,7 @@ def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> Spar
     every = torch.arange(q.shape[0], device=q.device)
     for part in every.split(row_chunk(slots.shape[1], q.shape[1], q.shape[2])):
         k = unpack_mla_rows(cache[torch.where(valid[part], slots[part], 0)])
-        parts.append(
-            attend(q[part], k, valid[part], inputs.sm_scale, HEAD_DIM_V, inputs.attn_sink)
-        )
+        parts.append(attend(q[part], k, valid[part], inputs.sm_scale, HEAD_DIM_V, inputs.attn_sink))
     out = torch.cat([part.out for part in parts]).unflatten(0, (batch_size, seq_len_q))
     lse = torch.cat([part.lse for part in parts]).unflatten(0, (batch_size, seq_len_q))
     return SparseDecodeOutputs(out, lse)
@@ -160,7 +160,13 @@ def check_arguments(
     """Refuse what no kernel of this operator can read, in a sentence."""
     dims = {"batch_size": q.shape[0], "seq_len_q": q.shape[1] if q.dim() > 1 else None}
     expect_tensor(
-        "q", q, torch.bfloat16, batch_size=None, seq_len_q=None, num_heads=None, head_dim_qk=HEAD_DIM_QK
+        "q",
+        q,
+        torch.bfloat16,
+        batch_size=None,
+        seq_len_q=None,
+        num_heads=None,
+        head_dim_qk=HEAD_DIM_QK,
     )
     row = MLA_ROW_BYTES if kv_cache.dtype == torch.uint8 else HEAD_DIM_QK
     dtypes = (torch.uint8, torch.bfloat16)
@@ -176,21 +182,20 @@ def check_arguments(
     for name, tensor in (("q", q), ("kv_cache", kv_cache), ("topk_slots", topk_slots)):
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise ValueError(
-                f"{name} must be contiguous and aligned to 16 bytes, got strides {tuple(tensor.stride())}"
-                " (pass x.contiguous())"
+                f"{name} must be contiguous and aligned to 16 bytes,"
+                f" got strides {tuple(tensor.stride())} (pass x.contiguous())"
             )
     if not sm_scale > 0:
         raise ValueError(f"sm_scale must be > 0, got {sm_scale} (V3.2: 0.1352338)")
 
 
 def cost(shape: SparseDecodeShape) -> Cost:
-    """2 · num_heads · (576 + 512) FLOP a selected row; every selected row read by each query; q, slots; out, lse."""
+    """2 · num_heads · (576 + 512) FLOP a selected row; it is read by each query; out, lse once."""
     heads = shape.queries * shape.num_heads
     entries = shape.queries * shape.topk
     return Cost(
         flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * entries,
-        bytes_read=2.0 * heads * HEAD_DIM_QK
-        + entries * (mla_row_bytes(shape.precision) + 4.0),
+        bytes_read=2.0 * heads * HEAD_DIM_QK + entries * (mla_row_bytes(shape.precision) + 4.0),
         bytes_written=heads * (2.0 * HEAD_DIM_V + 4.0),
     )
 

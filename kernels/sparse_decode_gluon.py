@@ -1,13 +1,16 @@
-"""Sparse decode for Hopper in Gluon: split over the selected keys, one program a query, 64 heads and a split.
+"""Sparse decode for Hopper in Gluon: split over the selected keys, one program a query, 64 heads
+and a split.
 
-The consumers are `seesaw.py`'s. For a bf16 cache the loader is its gather by cp.async; for an fp8 cache it loads 16
-bytes of e4m3 a thread, converts them to bf16 with their scale in registers and stores them into the swizzled tiles,
-two groups of 128 columns in flight. Converting 64 rows of 512 takes longer than multiplying them, so the fp8 kernel is
-bound by the loader's instructions (256 TFLOP/s against 372 of FlashMLA, whose two programs of a query share the work
-through a cluster, which Triton 3.6 cannot express).
+The consumers are `seesaw.py`'s. For a bf16 cache the loader is its gather by cp.async; for an fp8
+cache it loads 16 bytes of e4m3 a thread, converts them to bf16 with their scale in registers and
+stores them into the swizzled tiles, two groups of 128 columns in flight. Converting 64 rows of
+512 takes longer than multiplying them, so the fp8 kernel is bound by the loader's instructions
+(256 TFLOP/s against 372 of FlashMLA, whose two programs of a query share the work through a
+cluster, which Triton 3.6 cannot express).
 
-With more than one split, partial outputs (fp32) and log2 sums go through memory and `combine_splits.py`; with
-one split the program writes the result itself. Supports bf16 and fp8 caches, any number of heads and queries.
+With more than one split, partial outputs (fp32) and log2 sums go through memory and
+`combine_splits.py`; with one split the program writes the result itself. Supports bf16 and fp8
+caches, any number of heads and queries.
 """
 
 from dataclasses import dataclass
@@ -62,6 +65,8 @@ FIRST_SCALE = gl.constexpr(512 // 4)
 FIRST_ROPE = gl.constexpr(528 // 2)
 TILE_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 """The bytes of a bf16 tile seen as int32."""
+# triton 3.9 made it public
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Layouts of the loader: 16 bytes a thread, 8 threads a 128-byte line."""
@@ -71,7 +76,8 @@ HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 def _load_group(words_ptr, rows, valid, GROUP: gl.constexpr):
     """Group GROUP of the rows: [64, 32] words of 4 e4m3 and [64] scales; 0 where not valid.
 
-    The bytes travel as int32: an fp8 tensor that lives across a loop edge takes a register a byte (4.9 KB of spills).
+    The bytes travel as int32: an fp8 tensor that lives across a loop edge takes a register a byte
+    (4.9 KB of spills).
     """
     row_start = rows.to(gl.int64) * ROW_WORDS
     offs = GROUP * GROUP_WORDS + gl.arange(0, GROUP_WORDS, gl.SliceLayout(0, WORDS))
@@ -83,7 +89,7 @@ def _load_group(words_ptr, rows, valid, GROUP: gl.constexpr):
 
 @gluon.jit
 def _store_group(tile_words, words, scale):
-    """Dequantise 128 columns: e4m3 → f16 → fp32 · scale → bf16, four values an asm; Hopper has no e4m3 → bf16."""
+    """Dequantise 128 columns: e4m3 → f16 → fp32 · scale → bf16 (Hopper has no e4m3 → bf16)."""
     scale, words = gl.broadcast(scale[:, None], words)
     low, high = gl.inline_asm_elementwise(
         """{ .reg .b16 a, b, e0, e1, e2, e3; .reg .b32 h0, h1; .reg .f32 f0, f1, f2, f3;
@@ -111,7 +117,8 @@ def _key_rows(keys, first, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _copy_rope(halves_ptr, keys, first, tiles, BLOCK: gl.constexpr, BARRIER: gl.constexpr):
-    """The bf16 tail of a block's rows, by cp.async; each thread arrives once when its copies have landed."""
+    """The bf16 tail of a block's rows, by cp.async; each thread arrives once when its copies have
+    landed."""
     rows, valid = _key_rows(keys, first, gl.SliceLayout(1, HALVES))
     copy_rows(
         tiles.k_rope.index(BLOCK), halves_ptr, 2 * ROW_WORDS, rows, valid, FIRST_ROPE, ROPE, HALVES
@@ -121,7 +128,10 @@ def _copy_rope(halves_ptr, keys, first, tiles, BLOCK: gl.constexpr, BARRIER: gl.
 
 @gluon.jit
 def _as_words(tile, BLOCK: gl.constexpr):
-    return tile.index(BLOCK)._reinterpret(gl.int32, [BLOCK_KV, HALF_V // 2], TILE_WORDS)
+    if HAS_REINTERPRET:
+        return tile.index(BLOCK).reinterpret(gl.int32, [BLOCK_KV, HALF_V // 2], TILE_WORDS)
+    else:
+        return tile.index(BLOCK)._reinterpret(gl.int32, [BLOCK_KV, HALF_V // 2], TILE_WORDS)
 
 
 @gluon.jit
@@ -135,8 +145,9 @@ def _publish(tiles, BARRIER: gl.constexpr):
 def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
     """The loader for 656-byte rows, half block by half block.
 
-    Groups 0, 1 of a row are its left half, 2, 3 its right. `a` and `b` hold the two groups in flight; a group's
-    registers are refilled with the half block after next as soon as they are stored.
+    Groups 0, 1 of a row are its left half, 2, 3 its right. `a` and `b` hold the two groups in
+    flight; a group's registers are refilled with the half block after next as soon as they are
+    stored.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, WORDS)
     HALF_WORDS: gl.constexpr = 2 * GROUP_WORDS
@@ -195,8 +206,9 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
 def _sparse_decode_kernel(
     q_ptr, cache_ptr, halves_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     num_slots, num_heads, topk, qk_scale_log2, stride_q_row, stride_q_head, stride_slots_row,
-    NUM_PAIRS: gl.constexpr, HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr, IS_RAGGED: gl.constexpr,
-    HEADS_MASKED: gl.constexpr, IS_PARTIAL: gl.constexpr, IS_FP8: gl.constexpr,
+    NUM_PAIRS: gl.constexpr, HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HEADS_MASKED: gl.constexpr,
+    IS_PARTIAL: gl.constexpr, IS_FP8: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: one query, 64 of its heads, one split of its slots."""
@@ -217,11 +229,8 @@ def _sparse_decode_kernel(
         out_ptr, lse_ptr, lse_ptr, sink_ptr, first_row, first_head, num_heads,
         IS_PARTIAL, False, HAS_SINK, HEADS_MASKED,
     )  # fmt: skip
-    if IS_FP8:
-        # a right half: one arrival a thread for the rope's cp.async, and one for the stores
-        tiles = allocate_tiles(1, 129)
-    else:
-        tiles = allocate_tiles(128, 128)
+    # fp8: a left half arrives once, when stored; a right half besides once a thread, for the rope
+    tiles = allocate_tiles(1 if IS_FP8 else 128, 129 if IS_FP8 else 128)
     q_start = q_ptr + row * stride_q_row + first_head * stride_q_head
     load_query(q_start, stride_q_head, num_heads - first_head, tiles, HEADS_MASKED)
     if IS_FP8:
@@ -258,10 +267,12 @@ class SparseDecodeConfig:
 def choose_config(
     num_queries: int, num_heads: int, topk: int, num_sms: int, precision: str
 ) -> SparseDecodeConfig:
-    """Splits that need the fewest rounds of the key loop on the busiest SM, counting start and merging.
+    """Splits that need the fewest rounds of the key loop on the busiest SM, counting start and
+    merging.
 
-    One pair of blocks takes about 1.7 µs in the fp8 kernel, a program's start and end about as long as three pairs,
-    merging as long as one (H100, batch 1 … 128, topk 2048). With fp8 the loader converts in registers, so it has 104.
+    One pair of blocks takes about 1.7 µs in the fp8 kernel, a program's start and end about as
+    long as three pairs, merging as long as one (H100, batch 1 … 128, topk 2048). With fp8 the
+    loader converts in registers, so it has 104.
     """
     pairs = -(-topk // PAIR)
     programs = num_queries * -(-num_heads // BLOCK_H)
@@ -276,9 +287,7 @@ def choose_config(
         if time < best_time:
             best, best_time = num_splits, time
     consumer, loader = (200, 104) if precision == "fp8" else (224, 56)
-    return SparseDecodeConfig(
-        num_splits=best, consumer_registers=consumer, loader_registers=loader
-    )
+    return SparseDecodeConfig(num_splits=best, consumer_registers=consumer, loader_registers=loader)
 
 
 def sparse_decode(
@@ -290,7 +299,8 @@ def sparse_decode(
     attn_sink: Tensor | None = None,
     topk_lens: Tensor | None = None,
 ) -> SparseDecodeOutputs:
-    """Sparse attention of new tokens over a paged cache; formula and conventions as in `sparse_decode.py`.
+    """Sparse attention of new tokens over a paged cache; formula and conventions as in
+    `sparse_decode.py`.
 
     Args:
         q: [batch_size, seq_len_q, num_heads, 576] bf16, contiguous.
@@ -300,7 +310,8 @@ def sparse_decode(
         attn_sink: [num_heads] fp32.
         topk_lens: [batch_size, seq_len_q] int32.
     Returns:
-        out [batch_size, seq_len_q, num_heads, 512] bf16, lse [batch_size, seq_len_q, num_heads] fp32.
+        out [batch_size, seq_len_q, num_heads, 512] bf16, lse [batch_size, seq_len_q, num_heads]
+        fp32.
     """
     check_arguments(q, kv_cache, topk_slots, sm_scale, attn_sink, topk_lens)
     (batch_size, seq_len_q, num_heads, _), topk = q.shape, topk_slots.shape[2]
@@ -354,7 +365,9 @@ def run(inputs: SparseDecodeInputs) -> SparseDecodeOutputs:
 
 def supports(shape: SparseDecodeShape, machine: Machine) -> str | None:
     if not machine.is_hopper:
-        return f"gluon sparse_decode needs a Hopper GPU (sm_90), this is {machine.name} (use triton)"
+        return (
+            f"gluon sparse_decode needs a Hopper GPU (sm_90), this is {machine.name} (use triton)"
+        )
     return None
 
 
@@ -371,7 +384,8 @@ def compile_cases() -> list[CompileCase]:
         is_fp8 = precision == "fp8"
         config = choose_config(1, 128, 2048, 132, precision)
         signature = {
-            "q_ptr": "*bf16:16", "cache_ptr": int32 if is_fp8 else "*bf16:16", "halves_ptr": "*bf16:16",
+            "q_ptr": "*bf16:16", "cache_ptr": int32 if is_fp8 else "*bf16:16",
+            "halves_ptr": "*bf16:16",
             "slots_ptr": int32, "lens_ptr": int32, "sink_ptr": fp32,
             "out_ptr": fp32 if is_split else "*bf16:16", "lse_ptr": fp32,
             "num_slots": "i32", "num_heads": size, "topk": size, "qk_scale_log2": "fp32",

@@ -1,12 +1,13 @@
-"""Sparse multi-query attention of a prefill chunk: each query attends to the keys that its index row lists.
+"""Sparse multi-query attention of a prefill chunk over the keys that each query lists.
 
-    out[i, h] = softmax over p of (sm_scale · ⟨q[i, h], kv[topk_indices[i, p]]⟩) · kv[topk_indices[i, p], :head_dim_v]
+    out[i, h] = softmax over p of (sm_scale · ⟨q[i, h], kv[n_p]⟩) · kv[n_p, :head_dim_v]
+    with n_p = topk_indices[i, p]
 
-over p < topk_lens[i] with 0 <= topk_indices[i, p] < seq_len_kv; the full definition is in `attention.py`.
+over p < topk_lens[i] with 0 <= n_p < seq_len_kv; the full definition is in `attention.py`.
 
 Shapes:
     q             [seq_len_q, num_heads, head_dim_qk]  bf16
-    kv            [seq_len_kv, head_dim_qk]            bf16   one key a token for all heads; values are its head
+    kv            [seq_len_kv, head_dim_qk]            bf16   one key for all heads, values first
     topk_indices  [seq_len_q, topk]                    int32  rows of kv
     attn_sink     [num_heads] or None                  fp32   joins the denominator only
     topk_lens     [seq_len_q] or None                  int32  entries of an index row that are used
@@ -14,11 +15,12 @@ Shapes:
     max_logits    [seq_len_q, num_heads]               fp32   largest scaled logit
     lse           [seq_len_q, num_heads]               fp32   natural logarithm
 
-Conventions: an index outside 0 … seq_len_kv - 1 is skipped, whatever its value; a repeated index counts twice;
-there is no causal mask, the list is the mask. A row without a valid index: out 0, max_logits -inf, lse +inf.
+Conventions: an index outside 0 … seq_len_kv - 1 is skipped, whatever its value; a repeated index
+counts twice; there is no causal mask, the list is the mask. A row without a valid index: out 0,
+max_logits -inf, lse +inf.
 
-Source: DeepSeek-V3.2 report, section 2.1; FlashMLA `flash_mla_sparse_fwd`. `sm_scale` has no default: 576^-1/2,
-which others default to, is wrong for V3.2.
+Source: DeepSeek-V3.2 report, section 2.1; FlashMLA `flash_mla_sparse_fwd`. `sm_scale` has no
+default: 576^-1/2, which others default to, is wrong for V3.2.
 """
 
 from dataclasses import dataclass
@@ -88,13 +90,15 @@ class SparsePrefillOutputs(NamedTuple):
 
 
 def make_attention_tensor(*dims: int, generator: torch.Generator) -> Tensor:
-    """Gauss / 10 plus one common offset within ±0.05, clamped to ±10, bf16: the distribution of FlashMLA's tests."""
+    """Gauss / 10 plus a common offset within ±0.05, clamped to ±10: as in FlashMLA's tests."""
     offset = torch.rand(1, generator=generator, device=generator.device) * 0.1 - 0.05
     x = torch.randn(*dims, generator=generator, device=generator.device)
     return x.div_(10).add_(offset).clamp_(-10, 10).bfloat16()
 
 
-def random_indices(num_visible: Tensor, num_keys: int, topk: int, generator: torch.Generator) -> Tensor:
+def random_indices(
+    num_visible: Tensor, num_keys: int, topk: int, generator: torch.Generator
+) -> Tensor:
     """[rows, topk] int32: distinct random positions below num_visible[i], unordered, then -1."""
     rows = num_visible.shape[0]
     out = torch.empty(rows, topk, dtype=torch.int32, device=generator.device)
@@ -122,9 +126,7 @@ def make_inputs(
     return SparsePrefillInputs(q, kv, indices, shape.sm_scale, shape.head_dim_v)
 
 
-def reference(
-    inputs: SparsePrefillInputs, *, rows: Tensor | None = None
-) -> SparsePrefillOutputs:
+def reference(inputs: SparsePrefillInputs, *, rows: Tensor | None = None) -> SparsePrefillOutputs:
     """`attend` over the gathered keys, in fp32 and in chunks of rows."""
     every = torch.arange(inputs.q.shape[0], device=inputs.q.device)
     rows = every if rows is None else rows
@@ -174,7 +176,9 @@ def check_arguments(
         expect_tensor("attn_sink", attn_sink, torch.float32, num_heads=q.shape[1])
     if topk_lens is not None:
         expect_tensor("topk_lens", topk_lens, torch.int32, seq_len_q=q.shape[0])
-    expect_same_device(q=q, kv=kv, topk_indices=topk_indices, attn_sink=attn_sink, topk_lens=topk_lens)
+    expect_same_device(
+        q=q, kv=kv, topk_indices=topk_indices, attn_sink=attn_sink, topk_lens=topk_lens
+    )
     if not sm_scale > 0:
         raise ValueError(f"sm_scale must be > 0, got {sm_scale} (V3.2: 0.1352338)")
     expect_aligned("q", q)
@@ -185,13 +189,13 @@ def expect_aligned(name: str, tensor: Tensor) -> None:
     """16-byte loads: rows must begin at multiples of 16 elements."""
     if tensor.data_ptr() % 16 or any(stride % 16 for stride in tensor.stride()[:-1]):
         raise ValueError(
-            f"{name} must have strides that are multiples of 16 elements, got {tuple(tensor.stride())}"
-            " (pass x.contiguous())"
+            f"{name} must have strides that are multiples of 16 elements,"
+            f" got {tuple(tensor.stride())} (pass x.contiguous())"
         )
 
 
 def cost(shape: SparsePrefillShape) -> Cost:
-    """2 · num_heads · (head_dim_qk + head_dim_v) FLOP a valid pair; q, indices and every key once; out and statistics."""
+    """2 · num_heads · (head_dim_qk + head_dim_v) FLOP a valid pair; each tensor once."""
     heads = shape.seq_len_q * shape.num_heads
     keys = min(shape.seq_len_kv, shape.pairs)
     return Cost(
@@ -216,7 +220,9 @@ def shape_of(case: Case, preset: Preset) -> SparsePrefillShape:
     if case.topk is None:
         raise Unsupported("topk has no value (pass -k)")
     if case.precision != "bf16":
-        raise Unsupported("sparse_prefill computes in bf16; precision fp8 is the indexer's and the decode caches'")
+        raise Unsupported(
+            "sparse_prefill computes in bf16; precision fp8 is the indexer's and the decode caches'"
+        )
     return SparsePrefillShape(
         seq_len_q=case.seq_len_q,
         seq_len_kv=case.seq_len_kv,

@@ -1,9 +1,10 @@
-"""Sparse prefill for Hopper in Gluon: one program a query and 64 heads, two consumer warpgroups and a loader.
+"""Sparse prefill for Hopper in Gluon: a program has a query and 64 heads, in three warpgroups.
 
-The schedule is `seesaw.py`'s: K rows gathered by cp.async into shared memory, O and half of P in registers, the other
-half of P through shared memory. Programs of one query run side by side, so that its rows are gathered once from HBM
-and meet in L2. It should be bound by tensor cores; measured, shared-memory traffic (4 KB a 64 × 64 × 16 product) and
-L2 bandwidth bind it. Supports any number of heads (64 at a time, the rest of a tile is padding), queries and keys.
+The schedule is `seesaw.py`'s: K rows gathered by cp.async into shared memory, O and half of P in
+registers, the other half of P through shared memory. Programs of one query run side by side, so
+that its rows are gathered once from HBM and meet in L2. It should be bound by tensor cores;
+measured, shared-memory traffic (4 KB a 64 × 64 × 16 product) and L2 bandwidth bind it. Supports any
+number of heads (64 at a time, the rest of a tile is padding), queries and keys.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def _sparse_prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
     num_keys, num_heads, topk, qk_scale_log2,
     stride_q_row, stride_q_head, stride_kv_row, stride_indices_row,
-    NUM_PAIRS: gl.constexpr, HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr, IS_RAGGED: gl.constexpr, HEADS_MASKED: gl.constexpr,
+    NUM_PAIRS: gl.constexpr, HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr,
+    IS_RAGGED: gl.constexpr, HEADS_MASKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: one query, 64 of its heads."""
@@ -62,7 +64,11 @@ def _sparse_prefill_kernel(
     )  # fmt: skip
     tiles = allocate_tiles(128, 128)
     load_query(
-        q_ptr + row * stride_q_row + first_head * stride_q_head, stride_q_head, num_heads - first_head, tiles, HEADS_MASKED
+        q_ptr + row * stride_q_row + first_head * stride_q_head,
+        stride_q_head,
+        num_heads - first_head,
+        tiles,
+        HEADS_MASKED,
     )
     gl.warp_specialize(
         [
@@ -84,7 +90,7 @@ class SparsePrefillConfig:
 
 
 def choose_config(num_heads: int, topk: int) -> SparsePrefillConfig:
-    """One split serves all shapes: 224/56 gave 631 TFLOP/s at 8K keys on an H100, 216/72 595, 208/88 633."""
+    """For all shapes: 224/56 gave 631 TFLOP/s at 8K keys on an H100, 216/72 595, 208/88 633."""
     return SparsePrefillConfig()
 
 
@@ -97,7 +103,8 @@ def sparse_prefill(
     attn_sink: Tensor | None = None,
     topk_lens: Tensor | None = None,
 ) -> SparsePrefillOutputs:
-    """Sparse multi-query attention of a prefill chunk; formula and conventions as in `sparse_prefill.py`.
+    """Sparse multi-query attention of a prefill chunk; formula and conventions as in
+    `sparse_prefill.py`.
 
     Args:
         q: [seq_len_q, num_heads, 576] bf16, strides multiples of 16 elements.
@@ -143,9 +150,14 @@ def run(inputs: SparsePrefillInputs) -> SparsePrefillOutputs:
 
 def supports(shape: SparsePrefillShape, machine: Machine) -> str | None:
     if not machine.is_hopper:
-        return f"gluon sparse_prefill needs a Hopper GPU (sm_90), this is {machine.name} (use triton)"
+        return (
+            f"gluon sparse_prefill needs a Hopper GPU (sm_90), this is {machine.name} (use triton)"
+        )
     if (shape.head_dim_qk, shape.head_dim_v) != (HEAD_DIM_QK, HEAD_DIM_V):
-        return f"gluon sparse_prefill needs head_dim 576/512, this case has {shape.head_dim_qk}/{shape.head_dim_v}"
+        return (
+            "gluon sparse_prefill needs head_dim 576/512,"
+            f" this case has {shape.head_dim_qk}/{shape.head_dim_v}"
+        )
     return None
 
 
@@ -159,7 +171,8 @@ def compile_cases() -> list[CompileCase]:
         "q_ptr": bf16, "kv_ptr": bf16, "indices_ptr": int32, "lens_ptr": int32, "sink_ptr": fp32,
         "out_ptr": bf16, "max_ptr": fp32, "lse_ptr": fp32,
         "num_keys": "i32", "num_heads": size, "topk": size, "qk_scale_log2": "fp32",
-        "stride_q_row": size, "stride_q_head": size, "stride_kv_row": size, "stride_indices_row": size,
+        "stride_q_row": size, "stride_q_head": size, "stride_kv_row": size,
+        "stride_indices_row": size,
     }  # fmt: skip
     config = choose_config(128, 2048)
     registers = {

@@ -7,8 +7,6 @@ side by side, so that its rows meet in L2. Softmax and products alternate, so th
 Supports any number of heads, keys and entries, head_dim 576/512 and 512/512.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +15,13 @@ from torch import Tensor
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.listed_attention import (
+    HALF_V,
     LN_2,
+    Tiling,
     ask_device,
     attend_block,
     begin_rows,
-    block_of_heads,
+    choose_tiling,
     find_rows,
     load_entries,
     load_halves,
@@ -54,13 +54,15 @@ def _sparse_prefill_kernel(
     """One program: one query, BLOCK_H of its heads."""
     head_tiles = tl.cdiv(num_heads, BLOCK_H)
     row = (tl.program_id(0) // head_tiles).to(tl.int64)
-    offs_h = (tl.program_id(0) % head_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_head = offs_h < num_heads
+    first_head = (tl.program_id(0) % head_tiles) * BLOCK_H
+    offs_h = tl.arange(0, BLOCK_H)
+    is_head = offs_h < num_heads - first_head
     length = topk
     if HAS_LENS:
         length = tl.minimum(tl.load(lens_ptr + row), topk)
     list_ptr = indices_ptr + row * stride_indices_row
-    q_ptrs = q_ptr + row * stride_q_row + offs_h.to(tl.int64)[:, None] * stride_q_head
+    q_ptr += row * stride_q_row + first_head.to(tl.int64) * stride_q_head
+    q_ptrs = q_ptr + offs_h[:, None] * stride_q_head
     q_left, q_right, q_rope = load_halves(q_ptrs, is_head[:, None], HAS_ROPE)
     acc_left, acc_right, row_max, row_sum = begin_rows(BLOCK_H)
     entries = load_entries(list_ptr, 0, length, BLOCK_KV)
@@ -73,34 +75,19 @@ def _sparse_prefill_kernel(
             q_left, q_right, q_rope, k_left, k_right, k_rope, valid,
             acc_left, acc_right, row_max, row_sum, qk_scale_log2, HAS_ROPE,
         )  # fmt: skip
-    factor = output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK)
-    offs_out = row * num_heads + offs_h
-    store_halves(out_ptr, offs_out, acc_left, acc_right, factor, is_head)
+    first_row = row * num_heads + first_head
+    factor = output_factor(row_max, row_sum, sink_ptr + first_head, offs_h, is_head, HAS_SINK)
+    store_halves(out_ptr + first_row * (2 * HALF_V), offs_h, acc_left, acc_right, factor, is_head)
     is_empty = row_sum == 0
-    tl.store(max_ptr + offs_out, tl.where(is_empty, -float("inf"), row_max * LN_2), mask=is_head)
-    lse = log2_sum(row_max, row_sum) * LN_2
-    tl.store(lse_ptr + offs_out, tl.where(is_empty, float("inf"), lse), mask=is_head)
+    max_logits = tl.where(is_empty, -float("inf"), row_max * LN_2)
+    tl.store(max_ptr + first_row + offs_h, max_logits, mask=is_head)
+    lse = tl.where(is_empty, float("inf"), log2_sum(row_max, row_sum) * LN_2)
+    tl.store(lse_ptr + first_row + offs_h, lse, mask=is_head)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparsePrefillConfig:
-    block_h: int
-    block_kv: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_config(num_heads: int, capability: tuple[int, int]) -> SparsePrefillConfig:
-    """64 heads × 64 keys, two stages on Hopper: 221 of its 227 KB of shared memory; less where there is less.
-
-    H100, 4096 × 8192, 128 heads: 64 keys in two stages gave 290 TFLOP/s, one stage 200, 32 keys 190 to 212.
-    """
-    block_h = block_of_heads(num_heads)
-    if capability[0] == 9:
-        return SparsePrefillConfig(
-            block_h=block_h, block_kv=64, num_warps=8 if block_h == 64 else 4, num_stages=2
-        )
-    return SparsePrefillConfig(block_h=block_h, block_kv=32, num_warps=8, num_stages=2)
+def choose_config(num_heads: int, capability: tuple[int, int]) -> Tiling:
+    """One program a tile of heads: there are always enough queries, so the tile is all there is to choose."""
+    return choose_tiling(num_heads, capability)
 
 
 def sparse_prefill(

@@ -1,18 +1,21 @@
 """Top-k selector: for each row the columns of the k largest logits inside its valid range.
 
-    topk_indices[i, :] = columns of the min(topk, kv_end[i] - kv_start[i]) largest index_logits[i, kv_start[i]:kv_end[i]]
+    topk_indices[i, :] = columns of the min(topk, kv_end[i] - kv_start[i]) largest
+                         index_logits[i, kv_start[i]:kv_end[i]]
 
 Shapes:
     index_logits  [num_rows, num_cols]  fp32   any row stride
     kv_start      [num_rows]            int32  first valid column
     kv_end        [num_rows]            int32  one past the last valid column
-    topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), unsorted, -1 = none
+    topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), unsorted;
+                                               -1 = none
 
-Conventions: a row with fewer than topk valid columns lists them all, then -1; an empty row is all -1. Which of
-several equal values at the boundary is taken is undefined. -0 equals +0; NaN counts as -inf; -inf inside the
-range is a valid, smallest value. Content outside the range is never looked at.
+Conventions: a row with fewer than topk valid columns lists them all, then -1; an empty row is all
+-1. Which of several equal values at the boundary is taken is undefined. -0 equals +0; NaN counts as
+-inf; -inf inside the range is a valid, smallest value. What is outside is never looked at.
 
-Source: the contract that vLLM, SGLang and Megatron use; TileLang's selector differs (it leaves the tail at 0).
+Source: the contract that vLLM, SGLang and Megatron use; TileLang's selector differs (it leaves the
+tail at 0).
 """
 
 from dataclasses import dataclass
@@ -55,7 +58,7 @@ class TopkOutputs(NamedTuple):
 
 
 def make_inputs(shape: TopkShape, *, seed: int, device: torch.device | str) -> TopkInputs:
-    """Gaussian logits; the valid range is a causal chunk's, or the whole row where that is what `valid` says."""
+    """Gaussian logits; rows are valid as in a causal chunk, or wholly if `valid` says so."""
     g = torch.Generator(device=device).manual_seed(seed)
     logits = torch.randn(shape.num_rows, shape.num_cols, generator=g, device=device)
     if shape.valid == shape.num_rows * shape.num_cols:
@@ -86,7 +89,7 @@ def reference(inputs: TopkInputs, *, rows: Tensor | None = None) -> TopkOutputs:
 
 
 def ordered_bits(x: Tensor) -> Tensor:
-    """int32 in the order of the fp32 values, -0 as +0; even that of -inf is above the least int32."""
+    """int32 in the order of the fp32 values, -0 as +0; that of -inf is above the least int32."""
     bits = (x + 0.0).view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -94,7 +97,7 @@ def ordered_bits(x: Tensor) -> Tensor:
 def check(
     inputs: TopkInputs, outputs: TopkOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Selected values equal the k largest as a multiset; columns unique and in range; -1 only behind them."""
+    """Selected values equal the k largest as a multiset; columns are unique and valid, -1 last."""
     actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
     logits, inside = valid_logits(inputs, rows)
     num_valid = inside.sum(1).clamp(max=inputs.topk)
@@ -141,7 +144,7 @@ def memory(shape: TopkShape) -> Memory:
 
 
 def shape_of(case: Case, preset: Preset) -> TopkShape:
-    """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q rows of L columns."""
+    """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q whole rows."""
     if case.topk is None:
         raise Unsupported("topk has no value (pass -k)")
     if case.phase == "prefill":

@@ -1,14 +1,17 @@
 """Exact top-k in one pass over each row, in Gluon with shared-memory atomics.
 
-One program: one row. (1) A sample of 4096 or 8192 logits gives a threshold that about topk + 4σ logits of the row reach.
-(2) One pass over the row appends every logit that reaches it to a list in shared memory. (3) The exact k-th largest of
-the list is found bit by bit, and the columns are written. If the list came out too short or too long, the threshold is
-moved and the pass repeated; rows that no threshold can divide (thousands of equal values) end in an exact search that
-streams the row 32 times. So the usual row is read once, and the bound is memory: 0.72 ms for 4096 × 131072 (H100).
+One program: one row. (1) A sample of 4096 or 8192 logits gives a threshold that about topk + 4σ
+logits of the row reach. (2) One pass over the row appends every logit that reaches it to a list
+in shared memory. (3) The exact k-th largest of the list is found bit by bit, and the columns are
+written. If the list came out too short or too long, the threshold is moved and the pass repeated;
+rows that no threshold can divide (thousands of equal values) end in an exact search that streams
+the row 32 times. So the usual row is read once, and the bound is memory: 0.72 ms for 4096 ×
+131072 (H100).
 
-The list's atomics are inline assembly on the PTX symbol of dynamic shared memory, which Gluon 3.6 has no words for;
-the buffer is the first and largest allocation and so lies at offset 0. Supports topk up to 3584, any row length and
-stride; 16-byte loads need a row stride that is a multiple of 16.
+The list's atomics are inline assembly on the PTX symbol of dynamic shared memory, which Gluon 3.6
+has no words for; the buffer is the first and largest allocation and so lies at offset 0. Supports
+topk up to 3584, any row length and stride; 16-byte loads need a row stride that is a multiple of
+16.
 """
 
 from dataclasses import dataclass
@@ -31,7 +34,8 @@ MAX_TOPK = 3584
 block_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 CAPACITY = gl.constexpr(4064)
-"""Entries of the list. Shared memory, in words: 4064 values, 3 counters (list, greater, equal), 4096: columns."""
+"""Entries of the list. Shared memory, in words: 4064 values, 3 counters (list, greater, equal),
+4096: columns."""
 MAX_TRIES = gl.constexpr(6)
 INT_MIN = gl.constexpr(-(2**31))
 MINUS_INFINITY_KEY = gl.constexpr(-(2**31) + 0x7FFFFF)
@@ -62,8 +66,10 @@ def _value_of_key(key):
 def _append(value, column, take):
     """Append (value, column) to the list where `take` is not 0; beyond its capacity only count."""
     gl.inline_asm_elementwise(
-        """{ .reg .pred p, q; .reg .u32 a, n; setp.ne.s32 p, $3, 0; mov.u32 a, global_smem; mov.u32 n, 4064;
-        @p atom.shared.add.u32 n, [a + 16256], 1; setp.lt.u32 q, n, 4064; shl.b32 n, n, 2; add.u32 a, a, n;
+        """{ .reg .pred p, q; .reg .u32 a, n;
+        setp.ne.s32 p, $3, 0; mov.u32 a, global_smem; mov.u32 n, 4064;
+        @p atom.shared.add.u32 n, [a + 16256], 1;
+        setp.lt.u32 q, n, 4064; shl.b32 n, n, 2; add.u32 a, a, n;
         @q st.shared.b32 [a], $1; @q st.shared.b32 [a + 16384], $2; mov.b32 $0, 0; }""",
         "=r,r,r,r,~{memory}",
         [value.to(gl.int32, bitcast=True), column, take.to(gl.int32)],
@@ -75,7 +81,8 @@ def _append(value, column, take):
 
 @gluon.constexpr_function
 def claim_asm(counter):
-    return f"""{{ .reg .pred p; .reg .u32 a; setp.ne.s32 p, $1, 0; mov.u32 a, global_smem; mov.b32 $0, -1;
+    return f"""{{ .reg .pred p; .reg .u32 a;
+        setp.ne.s32 p, $1, 0; mov.u32 a, global_smem; mov.b32 $0, -1;
         @p atom.shared.add.u32 $0, [a + {counter}], 1; }}"""
 
 
@@ -131,9 +138,11 @@ def _kth_key(key, k):
 
 @gluon.jit
 def _sample_keys(row_ptr, limit, SAMPLE: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """Keys of SAMPLE logits, vectors of 4 evenly spread over [4, limit); a short row gives its last vector repeatedly.
+    """Keys of SAMPLE logits, vectors of 4 evenly spread over [4, limit); a short row gives its
+    last vector repeatedly.
 
-    Without masks, so that a thread loads 16 bytes: the caller knows that first < 4 and limit > CAPACITY.
+    Without masks, so that a thread loads 16 bytes: the caller knows that first < 4 and limit >
+    CAPACITY.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, VECTOR_ELEMENTS], [32, 1], [NUM_WARPS, 1], [1, 0])
     vector = gl.arange(0, SAMPLE // VECTOR_ELEMENTS, gl.SliceLayout(1, LAYOUT))
@@ -154,8 +163,11 @@ def _append_edge(row_ptr, offs, base, first, limit, threshold, take_all):
 
 
 @gluon.jit
-def _append_row(row_ptr, base, first, limit, threshold, take_all, CHUNK: gl.constexpr, LAYOUT: gl.constexpr):
-    """One pass: append what reaches the threshold. Only inner chunks go without a mask, and so by 16 bytes."""
+def _append_row(
+    row_ptr, base, first, limit, threshold, take_all, CHUNK: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """One pass: append what reaches the threshold. Only inner chunks go without a mask, and so by
+    16 bytes."""
     offs = gl.arange(0, CHUNK, LAYOUT)
     _append_edge(row_ptr, offs, base, first, limit, threshold, take_all)
     inner_end = limit // CHUNK * CHUNK
@@ -184,8 +196,20 @@ def _write_list(memory, length, out_ptr, TOPK: gl.constexpr, LAYOUT: gl.constexp
 
 
 @gluon.jit
-def _search_row(memory, zeros, row_ptr, base, first, limit, out_ptr, TOPK: gl.constexpr, CHUNK: gl.constexpr, LAYOUT: gl.constexpr):
-    """The exact way for rows that no threshold divides: the k-th key bit by bit, a pass over the row for each bit."""
+def _search_row(
+    memory,
+    zeros,
+    row_ptr,
+    base,
+    first,
+    limit,
+    out_ptr,
+    TOPK: gl.constexpr,
+    CHUNK: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The exact way for rows that no threshold divides: the k-th key bit by bit, a pass over the
+    row for each bit."""
     offs = gl.arange(0, CHUNK, LAYOUT)
     kth = INT_MIN
     bit = 31
@@ -235,7 +259,8 @@ def _topk_kernel(
     start = gl.maximum(gl.load(kv_start_ptr + row), 0)
     end = gl.minimum(gl.load(kv_end_ptr + row), num_cols)
     length = gl.maximum(end - start, 0)
-    # from here positions count from `base`, so that vectors of 4 stay aligned; the range is [first, limit)
+    # from here positions count from `base`, so that vectors of 4 stay aligned; the range is
+    # [first, limit)
     base = start // VECTOR_ELEMENTS * VECTOR_ELEMENTS
     first = start - base
     limit = end - base
@@ -252,7 +277,10 @@ def _topk_kernel(
             share = SAMPLE / length.to(gl.float32)
             expected = TOPK * share
             # 4 sigma above what is needed, but not so many that the list would overflow
-            rank = gl.minimum(expected + 4.0 * gl.sqrt(expected), 0.9 * CAPACITY * share).to(gl.int32) + 1
+            rank = (
+                gl.minimum(expected + 4.0 * gl.sqrt(expected), 0.9 * CAPACITY * share).to(gl.int32)
+                + 1
+            )
             key = _kth_key(_sample_keys(row_ptr, limit, SAMPLE, NUM_WARPS), rank)
         count = 0
         too_few = 0
@@ -287,16 +315,18 @@ def _topk_kernel(
 class TopkConfig:
     num_warps: int
     sample: int
-    """Logits that the threshold is taken from: fewer take less time and registers, more miss it less often."""
+    """Logits that the threshold is taken from: fewer take less time and registers, more miss it
+    less often."""
     max_registers: int | None
 
 
 def choose_config(num_rows: int, num_sms: int) -> TopkConfig:
     """Many rows: two programs of 16 warps on each SM; few rows: one of 32, and the larger sample.
 
-    H100, topk 2048, median µs of (16 warps, 64 registers) / (32 warps): 4096 × 131072 1141 / 1305,
-    4096 × 32768 522 / 710, 128 × 32768 37 / 32, 1 × 131072 58 / 41. A row that misses its threshold is read
-    twice, which few rows cannot hide (32 × 131072: 80 instead of 47 µs), hence their larger sample.
+    H100, topk 2048, median µs of (16 warps, 64 registers) / (32 warps): 4096 × 131072 1141 /
+    1305, 4096 × 32768 522 / 710, 128 × 32768 37 / 32, 1 × 131072 58 / 41. A row that misses its
+    threshold is read twice, which few rows cannot hide (32 × 131072: 80 instead of 47 µs), hence
+    their larger sample.
     """
     if num_rows > 2 * num_sms:
         return TopkConfig(num_warps=16, sample=4096, max_registers=64)
@@ -328,7 +358,8 @@ def topk(index_logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int) -> T
     limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     _topk_kernel[(num_rows,)](
         index_logits, kv_start, kv_end, out, num_cols, index_logits.stride(0),
-        TOPK=topk, SAMPLE=config.sample, NUM_WARPS=config.num_warps, num_warps=config.num_warps, **limit,
+        TOPK=topk, SAMPLE=config.sample, NUM_WARPS=config.num_warps,
+        num_warps=config.num_warps, **limit,
     )  # fmt: skip
     return out
 
@@ -350,8 +381,8 @@ IMPLEMENTATIONS = (Implementation(name="gluon", run=run, supports=supports, prio
 
 def compile_cases() -> list[CompileCase]:
     signature = {
-        "logits_ptr": "*fp32:16", "kv_start_ptr": "*i32:16", "kv_end_ptr": "*i32:16", "out_ptr": "*i32:16",
-        "num_cols": "i32:16", "stride_row": "i32:16",
+        "logits_ptr": "*fp32:16", "kv_start_ptr": "*i32:16", "kv_end_ptr": "*i32:16",
+        "out_ptr": "*i32:16", "num_cols": "i32:16", "stride_row": "i32:16",
     }  # fmt: skip
     cases = []
     for label, num_rows in (("few-rows", 32), ("many-rows", 4096)):

@@ -269,7 +269,9 @@ def poisoned_outputs() -> Iterator[None]:
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(NAN if x.is_floating_point() else 0x3EEEEEEE)
+            if x.is_floating_point():
+                return x.fill_(NAN)
+            return x.fill_(0x6E if x.element_size() == 1 else 0x3EEEEEEE)
 
         return call
 

@@ -82,7 +82,8 @@ def test_more_effort_asks_for_a_narrower_interval() -> None:
     durations = [0.00100, 0.00101, 0.00102, 0.00103]
     quick = sample(FakeMeter(FakeClock(), endless(*durations)), "quick")
     precise = sample(FakeMeter(FakeClock(), endless(*durations)), "precise")
-    assert quick.timing.stop == "settled" and len(quick.timing.seconds) == 10
+    assert quick.timing.stop == "settled"
+    assert len(quick.timing.seconds) == measure.MIN_SAMPLES
     assert len(precise.timing.seconds) > 100
 
 
@@ -170,8 +171,8 @@ def test_cuda_meter_hides_the_launches_behind_the_spin() -> None:
     assert [s.seconds for s in samples] == pytest.approx([50e-6] * 5)
     assert not any(s.overtaken for s in samples)
     assert len(flushes) == 5
-    # from the second call on 1.5 times its queueing time, and a margin
-    wanted = 1.5 * 200e-6 + measure.SPIN_MARGIN_SECONDS
+    # from the second call on a multiple of its queueing time, and a margin
+    wanted = measure.SPIN_FACTOR * 200e-6 + measure.SPIN_MARGIN_SECONDS
     assert cuda.slept[-1] == pytest.approx(wanted, abs=1e-8)
 
 

@@ -79,3 +79,19 @@ def test_profile_of_a_failed_case_says_why(tmp_path: Path) -> None:
     record = Record(case=CASE, status="failed", reason="worker exited with code 1")
     (table,) = show.profile(record, tmp_path)
     assert table.rows == (("failed: worker exited with code 1",),)
+
+
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [(80, ("case", "time", "rate", "why")), (40, ("case", "time", "why")), (9, ("case", "why"))],
+)
+def test_narrow_table_does_without_spare_columns(width: int, head: tuple[str, ...]) -> None:
+    table = show.TextTable(
+        title="t", head=("case", "time", "rate", "why"), rows=(("a", "1 ms", "9 GB/s", "x" * 90),),
+        right=frozenset({"time", "rate"}), spare=("of floor", "rate", "time"),
+    )  # fmt: skip
+    fitted = show.fit(table, width)
+    assert fitted.head == head
+    assert [len(row) for row in fitted.rows] == [len(head)]
+    dropped = [name for name in ("rate", "time") if name not in head]
+    assert fitted.notes == ((f"too narrow for: {', '.join(dropped)}",) if dropped else ())

@@ -47,10 +47,18 @@ SweepName = Annotated[
     ),
 ]
 Phase = Annotated[str | None, _text("--phase", metavar="LIST", help="Phases: prefill,decode")]
-Lengths = Annotated[str | None, _text("-L", "--seq-len-kv", metavar="SIZES", help="Sequence lengths: 4k:128k:x2")]
-Topk = Annotated[str | None, _text("-k", "--topk", metavar="SIZES", help="Selected keys of a query: 512,2k")]
-Precision = Annotated[str | None, _text("--precision", metavar="LIST", help="Of indexer and caches: bf16,fp8")]
-Op = Annotated[str | None, _text("--op", metavar="LIST", help="Operators (see list): dsa,topk or all")]
+Lengths = Annotated[
+    str | None, _text("-L", "--seq-len-kv", metavar="SIZES", help="Sequence lengths: 4k:128k:x2")
+]
+Topk = Annotated[
+    str | None, _text("-k", "--topk", metavar="SIZES", help="Selected keys of a query: 512,2k")
+]
+Precision = Annotated[
+    str | None, _text("--precision", metavar="LIST", help="Of indexer and caches: bf16,fp8")
+]
+Op = Annotated[
+    str | None, _text("--op", metavar="LIST", help="Operators (see list): dsa,topk or all")
+]
 Impl = Annotated[
     str | None, _text("--impl", metavar="LIST", help="auto, all, a name, operator=name")
 ]
@@ -59,7 +67,9 @@ SeqLenQ = Annotated[
     str | None, _text("--seq-len-q", metavar="SIZES", help="Queries of a chunk, of a sequence.")
 ]
 Heads = Annotated[str | None, _text("--heads", metavar="SIZES", help="Query heads: 128,64")]
-PresetName = Annotated[str | None, _text("--preset", metavar="NAME", help="Model sizes: v3.2 or v3.2-cpu")]
+PresetName = Annotated[
+    str | None, _text("--preset", metavar="NAME", help="Model sizes: v3.2 or v3.2-cpu")
+]
 Seed = Annotated[int | None, _text("--seed", metavar="N", help="Seed of the inputs.")]
 Device = Annotated[
     str,

@@ -16,12 +16,14 @@ from rich.text import Text
 from dsa_bench.job import Job
 from dsa_bench.record import Record
 from dsa_bench.runner import Progress
-from dsa_bench.show import TextTable, case_label, ending, plan
+from dsa_bench.show import TextTable, case_label, ending, fit, plan
 from dsa_bench.store import Run
 from dsa_bench.sweep import Planned
 
 # rich falls back to 80 columns where there is no terminal, and would cut the tables
 PIPE_WIDTH = 250
+# columns of a report that a narrow terminal does without, in this order
+SPARE = ("traffic", "FLOP rate", "peak memory", "status", "±", "$/M tokens", "precision")
 
 
 def print_report(runs: Sequence[Run]) -> None:
@@ -35,7 +37,12 @@ def print_report(runs: Sequence[Run]) -> None:
         head = tuple(column.title for column in table.columns)
         draw(
             TextTable(
-                title=table.title, head=head, rows=table.rows, notes=table.notes, right=numbers
+                title=table.title,
+                head=head,
+                rows=table.rows,
+                notes=table.notes,
+                right=numbers,
+                spare=SPARE,
             )
         )
     for sentence in found.headlines:
@@ -63,13 +70,13 @@ def draw(*tables: TextTable) -> None:
     """Draw tables on stdout."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     for table in tables:
-        _draw(console, table)
+        _draw(console, fit(table, console.width))
 
 
 def _draw(console: Console, table: TextTable) -> None:
     # texts come from outside too, so none is read as markup
     console.print(Text(table.title, style="bold"))
-    drawn = Table(box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for name in table.head:
         is_number = name in table.right
         drawn.add_column(name, justify="right" if is_number else "left", no_wrap=is_number)
@@ -78,12 +85,11 @@ def _draw(console: Console, table: TextTable) -> None:
     console.print(drawn)
     for note in table.notes:
         console.print(Text(note))
+    console.print()
 
 
 @contextlib.contextmanager
-def progress(
-    planned: Sequence[Planned], *, is_live: bool
-) -> Iterator[Callable[[Progress], None]]:
+def progress(planned: Sequence[Planned], *, is_live: bool) -> Iterator[Callable[[Progress], None]]:
     """Shows on stderr how a run goes on: a bar under the endings, or plain lines."""
     total = len(planned)
     width = max((len(case_label(item.case)) for item in planned), default=0)

@@ -1,0 +1,270 @@
+"""Sparse decode in plain Triton, for every GPU with bf16 tensor cores: split over the selected keys.
+
+One program owns a query, up to 64 of its heads and one split of its slots, which it walks in blocks
+(`listed_attention.py`). Rows of a bf16 cache are gathered by asynchronous copies; of a fp8 cache the e4m3 bytes and
+scales are, then converted to bf16 in registers and stored to shared memory, from where both products read them. With
+fp8 the conversion binds (191 TFLOP/s at batch 128 on an H100), with small batches the few programs there are.
+
+With more than one split, partial outputs (fp32) and log2 sums go through memory and `combine_splits.py`; with one
+split the program writes the result itself. Supports bf16 caches from sm_80, fp8 from sm_89, any number of heads,
+queries and entries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsa_bench.kernels.attention import LOG2_E
+from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
+from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.listed_attention import (
+    HALF_V,
+    LN_2,
+    ROPE,
+    Tiling,
+    ask_device,
+    attend_block,
+    begin_rows,
+    choose_tiling,
+    find_rows,
+    load_entries,
+    load_halves,
+    log2_sum,
+    output_factor,
+    store_halves,
+)
+from dsa_bench.kernels.paging import HEAD_DIM_QK, HEAD_DIM_V
+from dsa_bench.kernels.sparse_decode import (
+    SparseDecodeInputs,
+    SparseDecodeOutputs,
+    SparseDecodeShape,
+    check_arguments,
+)
+from dsa_bench.operator import Implementation, Machine
+
+IMPLEMENTS = "sparse_decode"
+START_BLOCKS, MERGE_BLOCKS = 6, 2
+"""What a program's start and end take, and merging the splits, in blocks of keys."""
+
+ROW_BYTES = tl.constexpr(656)
+GROUP = tl.constexpr(128)
+"""One scale covers 128 e4m3 values."""
+FIRST_SCALE = tl.constexpr(512 // 4)
+FIRST_ROPE = tl.constexpr(528 // 2)
+
+
+@triton.jit
+def _load_fp8_half(values_ptr, scales_ptr, rows, valid, FIRST_GROUP: tl.constexpr):
+    """Two groups of the rows, dequantised: e4m3 → fp32 · scale → bf16; 0 where not valid."""
+    groups = FIRST_GROUP + tl.arange(0, 2)
+    columns = groups[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    ptrs = values_ptr + rows[:, None, None] * ROW_BYTES + columns
+    values = tl.load(ptrs, mask=valid[:, None, None], other=0.0)  # [BLOCK_KV, 2, GROUP]
+    ptrs = scales_ptr + rows[:, None] * (ROW_BYTES // 4) + FIRST_SCALE + groups[None, :]
+    scale = tl.load(ptrs, mask=valid[:, None], other=0.0)
+    half = (values.to(tl.float32) * scale[:, :, None]).to(tl.bfloat16)
+    return tl.reshape(half, [rows.shape[0], 2 * GROUP])
+
+
+@triton.jit
+def _load_rows(cache_ptr, scales_ptr, halves_ptr, rows, valid, IS_FP8: tl.constexpr):
+    """Left half, right half and tail of cache rows in bf16; 0 where not valid."""
+    if IS_FP8:
+        left = _load_fp8_half(cache_ptr, scales_ptr, rows, valid, 0)
+        right = _load_fp8_half(cache_ptr, scales_ptr, rows, valid, 2)
+        offs_rope = FIRST_ROPE + tl.arange(0, ROPE)
+        ptrs = halves_ptr + rows[:, None] * (ROW_BYTES // 2) + offs_rope[None, :]
+        rope = tl.load(ptrs, mask=valid[:, None], other=0.0)
+    else:
+        ptrs = cache_ptr + rows[:, None] * (2 * HALF_V + ROPE)
+        left, right, rope = load_halves(ptrs, valid[:, None], True)
+    return left, right, rope
+
+
+@triton.jit
+def _sparse_decode_kernel(
+    q_ptr, cache_ptr, scales_ptr, halves_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
+    num_queries, num_slots, num_heads, topk, span, qk_scale_log2,
+    HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, IS_PARTIAL: tl.constexpr, IS_FP8: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: one query, BLOCK_H of its heads, one split of `span` slots."""
+    head_tiles = tl.cdiv(num_heads, BLOCK_H)
+    first_head = (tl.program_id(0) % head_tiles) * BLOCK_H
+    query = (tl.program_id(0) // head_tiles) % num_queries
+    split = tl.program_id(0) // (head_tiles * num_queries)
+    row = query.to(tl.int64)
+    offs_h = tl.arange(0, BLOCK_H)
+    is_head = offs_h < num_heads - first_head
+    length = topk
+    if HAS_LENS:
+        length = tl.minimum(tl.load(lens_ptr + row), topk)
+    begin = split * span
+    end = tl.minimum(begin + span, length)
+    list_ptr = slots_ptr + row * topk
+    WIDTH: tl.constexpr = 2 * HALF_V + ROPE
+    q_ptrs = q_ptr + (row * num_heads + first_head) * WIDTH + offs_h[:, None] * WIDTH
+    q_left, q_right, q_rope = load_halves(q_ptrs, is_head[:, None], True)
+    acc_left, acc_right, row_max, row_sum = begin_rows(BLOCK_H)
+    entries = load_entries(list_ptr, begin, end, BLOCK_KV)
+    for first in tl.range(begin, end, BLOCK_KV, num_stages=NUM_STAGES):
+        rows, valid = find_rows(entries, num_slots)
+        entries = load_entries(list_ptr, first + BLOCK_KV, end, BLOCK_KV)
+        k_left, k_right, k_rope = _load_rows(cache_ptr, scales_ptr, halves_ptr, rows, valid, IS_FP8)
+        acc_left, acc_right, row_max, row_sum = attend_block(
+            q_left, q_right, q_rope, k_left, k_right, k_rope, valid,
+            acc_left, acc_right, row_max, row_sum, qk_scale_log2, True,
+        )  # fmt: skip
+    factor = output_factor(row_max, row_sum, sink_ptr + first_head, offs_h, is_head, HAS_SINK)
+    first_row = (split.to(tl.int64) * num_queries + query) * num_heads + first_head
+    store_halves(out_ptr + first_row * (2 * HALF_V), offs_h, acc_left, acc_right, factor, is_head)
+    lse = log2_sum(row_max, row_sum)
+    if not IS_PARTIAL:
+        lse = tl.where(row_sum == 0, float("inf"), lse * LN_2)
+    tl.store(lse_ptr + first_row + offs_h, lse, mask=is_head)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseDecodeConfig:
+    tiling: Tiling
+    num_splits: int
+
+
+def choose_config(
+    num_queries: int, num_heads: int, topk: int, num_sms: int, capability: tuple[int, int]
+) -> SparseDecodeConfig:
+    """Splits that need the fewest rounds of the key loop on the busiest SM, counting start and merging."""
+    tiling = choose_tiling(num_heads, capability)
+    blocks = max(1, -(-topk // tiling.block_kv))
+    programs = num_queries * -(-num_heads // tiling.block_h)
+
+    def time(num_splits: int) -> int:
+        waves = -(-programs * num_splits // num_sms)
+        merging = MERGE_BLOCKS if num_splits > 1 else 0
+        return waves * (-(-blocks // num_splits) + START_BLOCKS) + merging
+
+    most = min(blocks, MAX_SPLITS)
+    return SparseDecodeConfig(tiling=tiling, num_splits=min(range(1, most + 1), key=time))
+
+
+def sparse_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    topk_slots: Tensor,
+    *,
+    sm_scale: float,
+    attn_sink: Tensor | None = None,
+    topk_lens: Tensor | None = None,
+) -> SparseDecodeOutputs:
+    """Sparse attention of new tokens over a paged cache; formula and conventions as in `sparse_decode.py`.
+
+    Args:
+        q: [batch_size, seq_len_q, num_heads, 576] bf16, contiguous.
+        kv_cache: [num_pages, page_size, 656] uint8 or [num_pages, page_size, 576] bf16, contiguous.
+        topk_slots: [batch_size, seq_len_q, topk] int32, contiguous.
+        sm_scale: > 0.
+        attn_sink: [num_heads] fp32.
+        topk_lens: [batch_size, seq_len_q] int32.
+    Returns:
+        out [batch_size, seq_len_q, num_heads, 512] bf16, lse [batch_size, seq_len_q, num_heads] fp32.
+    """
+    check_arguments(q, kv_cache, topk_slots, sm_scale, attn_sink, topk_lens)
+    (batch_size, seq_len_q, num_heads, _), topk = q.shape, topk_slots.shape[2]
+    queries = batch_size * seq_len_q
+    out = torch.empty(*q.shape[:3], HEAD_DIM_V, dtype=torch.bfloat16, device=q.device)
+    lse = torch.empty(*q.shape[:3], device=q.device)
+    if out.numel() == 0:
+        return SparseDecodeOutputs(out, lse)
+    capability, num_sms = ask_device(q.device)
+    config = choose_config(queries, num_heads, topk, num_sms, capability)
+    tiling, num_splits = config.tiling, config.num_splits
+    is_split = num_splits > 1
+    partial_out, partial_lse = out, lse
+    if is_split:
+        partial_out = torch.empty(num_splits * lse.numel(), HEAD_DIM_V, device=q.device)
+        partial_lse = torch.empty(num_splits * lse.numel(), device=q.device)
+    rows = kv_cache.flatten(0, 1)
+    is_fp8 = rows.dtype == torch.uint8
+    span = -(-topk // (num_splits * tiling.block_kv)) * tiling.block_kv
+    _sparse_decode_kernel[(queries * -(-num_heads // tiling.block_h) * num_splits,)](
+        q, rows.view(torch.float8_e4m3fn) if is_fp8 else rows,
+        rows.view(torch.float32) if is_fp8 else lse, rows.view(torch.bfloat16), topk_slots,
+        topk_lens if topk_lens is not None else topk_slots,
+        attn_sink if attn_sink is not None else lse, partial_out, partial_lse,
+        queries, rows.shape[0], num_heads, topk, span, sm_scale * LOG2_E,
+        HAS_LENS=topk_lens is not None, HAS_SINK=attn_sink is not None and not is_split,
+        IS_PARTIAL=is_split, IS_FP8=is_fp8,
+        BLOCK_H=tiling.block_h, BLOCK_KV=tiling.block_kv, NUM_STAGES=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    if is_split:
+        combine_splits(partial_out, partial_lse, num_splits, attn_sink, out, lse)
+    return SparseDecodeOutputs(out, lse)
+
+
+def run(inputs: SparseDecodeInputs) -> SparseDecodeOutputs:
+    return sparse_decode(
+        inputs.q,
+        inputs.kv_cache,
+        inputs.topk_slots,
+        sm_scale=inputs.sm_scale,
+        attn_sink=inputs.attn_sink,
+        topk_lens=inputs.topk_lens,
+    )
+
+
+def supports(shape: SparseDecodeShape, machine: Machine) -> str | None:
+    if machine.capability is None or machine.capability < (8, 0):
+        return f"triton sparse_decode needs sm_80 or newer, this is {machine.name}"
+    if shape.precision == "fp8" and machine.capability < (8, 9):
+        return (
+            f"triton sparse_decode of an fp8 cache needs sm_89 or newer, which convert e4m3,"
+            f" this is {machine.name} (use --precision bf16)"
+        )
+    return None
+
+
+IMPLEMENTATIONS = (Implementation(name="triton", run=run, supports=supports, priority=10),)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both precisions, split and whole, with and without every flag, and few heads, which wgmma cannot take."""
+    fp32, int32, size = "*fp32:16", "*i32:16", "i32:16"
+    cases = []
+    for precision, num_heads, is_split, flags in (
+        ("fp8", 128, False, False), ("fp8", 128, True, True), ("fp8", 16, True, True),
+        ("bf16", 128, False, True), ("bf16", 128, True, False), ("bf16", 32, True, True),
+    ):  # fmt: skip
+        is_fp8 = precision == "fp8"
+        tiling = choose_tiling(num_heads, (9, 0))
+        signature = {
+            "q_ptr": "*bf16:16", "cache_ptr": "*fp8e4nv:16" if is_fp8 else "*bf16:16",
+            "scales_ptr": fp32, "halves_ptr": "*bf16:16", "slots_ptr": int32, "lens_ptr": int32,
+            "sink_ptr": fp32, "out_ptr": fp32 if is_split else "*bf16:16", "lse_ptr": fp32,
+            "num_queries": "i32", "num_slots": "i32", "num_heads": size, "topk": size, "span": size,
+            "qk_scale_log2": "fp32",
+        }  # fmt: skip
+        products = {"HGMMA.64x": 72} if tiling.block_h == 64 else {"HMMA": 72}
+        place = "split" if is_split else "whole"
+        cases.append(
+            CompileCase(
+                name=f"sparse_decode_triton[{precision}-{place}-heads{num_heads}]",
+                kernel=_sparse_decode_kernel,
+                signature=signature,
+                constexprs={
+                    "HAS_LENS": flags,
+                    "HAS_SINK": flags and not is_split,
+                    "IS_PARTIAL": is_split,
+                    "IS_FP8": is_fp8,
+                    "BLOCK_H": tiling.block_h,
+                    "BLOCK_KV": tiling.block_kv,
+                    "NUM_STAGES": tiling.num_stages,
+                },
+                options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
+                must_have={**products, "LDGSTS": 16},
+            )
+        )
+    return cases
