@@ -98,7 +98,9 @@ def describe(machine: Machine) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "cpu_threads_used": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": " ".join(
+            (platform.system(), platform.release().partition("-")[0], platform.machine())
+        ),
     }
     if machine.device == "cuda":
         out |= {

@@ -267,6 +267,7 @@ def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
     figures = {
         "repeated": float((taken > 1).sum().item()),
         "wrong_count": float((valid.sum(1) != num_wanted).sum().item()),
+        "stray": float((~valid & (topk_indices != -1)).sum().item()),
         "missed": float(((taken == 0) & seen & (logits > threshold + tolerance)).sum().item()),
         "too_low": float(((taken > 0) & (logits < threshold - tolerance)).sum().item()),
     }

@@ -1,13 +1,16 @@
-"""Attention of a tile of heads to a list of rows, block by block: what the portable sparse kernels share.
+"""Attention of a tile of heads to a list of rows, block by block: shared by the portable kernels.
 
     per block   S = Q · Kᵀ, -inf where an entry names no row      m' = max(m, scale · max S)
-                P = 2^(scale · S - m')                             l' = l · 2^(m - m') + Σ P
+                P = 2^(scale · S - m')                            l' = l · 2^(m - m') + Σ P
                 O' = O · 2^(m - m') + P · V
 
-Scores are counted in log2 units, scale = sm_scale · log2 e. Queries, keys and outputs lie in two halves of 256 columns
-and a rotated tail of 64: one accumulator of 512 columns is 6 % slower (271 against 290 TFLOP/s, H100, 8K keys). Entries
-that name no row load zeros, because 0 × NaN is NaN. The entries of a block are read one block ahead by hand; the row
-loads then are of the first level of indirection, and the compiler copies them asynchronously.
+with scale = sm_scale · log2 e. An entry that names no row loads zeros, because 0 × NaN is NaN. The
+entries of a block are read one block ahead by hand: then nothing but an address lies between the
+loop and the loads of rows, and the compiler makes them asynchronous copies, two blocks in flight.
+
+bf16 rows are held in two halves of 256 columns and a tail of 64, for one accumulator of 512 columns
+is 6 % slower (271 against 290 TFLOP/s, H100, 8K keys). On Hopper the loop takes 255 registers; what
+is said below of spills was seen with Triton 3.6.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 HALF_V = tl.constexpr(256)
 ROPE = tl.constexpr(64)
 NO_MAXIMUM = tl.constexpr(-1e30)
-"""Running maximum of a row without a key; finite, so that differences of two of them are 0 and not NaN."""
+"""Running maximum before the first key; finite, so that no difference of two is NaN."""
 
 SMALLEST_BLOCK_H, LARGEST_BLOCK_H, LARGEST_BLOCK_H_IN_100_KB = 16, 64, 32
 ASSUMED_CAPABILITY, ASSUMED_SMS = (9, 0), 132
@@ -41,9 +44,10 @@ class Tiling:
 def choose_tiling(num_heads: int, capability: tuple[int, int]) -> Tiling:
     """The largest tile that fits into shared memory and 255 registers without spills.
 
-    Hopper (227 KB) 64 heads × 64 keys: 221 KB. Others 32 keys: with 64 heads 115 KB (sm_80 has 163), with 32 heads
-    76 KB (sm_86, sm_89 and sm_120 have 99). Four warps spill from 16 × 64 and 32 × 32 on.
-    H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages gave 290 TFLOP/s, in one 200, 32 keys 190 to 212.
+    Hopper (227 KB): 64 heads × 64 keys take 221 KB. Others: 32 keys; 64 heads take 115 KB (sm_80 has
+    163), 32 heads 76 KB (sm_86, sm_89 and sm_120 have 99). Four warps spill even with 16 × 64.
+    H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages gave 290 TFLOP/s, in one stage
+    200, 32 keys 190 to 212.
     """
     has_100_kb = capability in ((8, 6), (8, 9)) or capability[0] >= 12
     largest = LARGEST_BLOCK_H_IN_100_KB if has_100_kb else LARGEST_BLOCK_H
@@ -60,8 +64,34 @@ def ask_device(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 @triton.jit
+def load_entries(list_ptr, first, end, BLOCK_KV: tl.constexpr):
+    """Entries of the block that begins at `first`; -1 from `end` on."""
+    offs = first + tl.arange(0, BLOCK_KV)
+    return tl.load(list_ptr + offs, mask=offs < end, other=-1)
+
+
+@triton.jit
+def find_rows(entries, num_rows):
+    """Row numbers, and which of them there are: the others may only be read under a mask.
+
+    Putting 0 in their place takes registers that the loop does not have.
+    """
+    return entries.to(tl.int64), (entries >= 0) & (entries < num_rows)
+
+
+@triton.jit
+def softmax_step(scores, valid, row_max, row_sum, qk_scale_log2):
+    """(weights, factor due to what was summed before, maximum and sum with this block)."""
+    scores = tl.where(valid[None, :], scores, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale_log2)
+    rescale = tl.exp2(row_max - new_max)
+    weights = tl.exp2(scores * qk_scale_log2 - new_max[:, None])
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
 def load_halves(row_ptrs, mask, HAS_ROPE: tl.constexpr):
-    """Left half, right half and tail of bf16 rows; 0 where `mask` [rows, 1] is false. Without a tail: left again."""
+    """Left half, right half and tail of bf16 rows, 0 where masked; without a tail left once more."""
     offs_d = tl.arange(0, HALF_V)
     left = tl.load(row_ptrs + offs_d[None, :], mask=mask, other=0.0)
     right = tl.load(row_ptrs + HALF_V + offs_d[None, :], mask=mask, other=0.0)
@@ -73,53 +103,41 @@ def load_halves(row_ptrs, mask, HAS_ROPE: tl.constexpr):
 
 
 @triton.jit
-def load_entries(list_ptr, first, end, BLOCK_KV: tl.constexpr):
-    """Entries of the block that begins at `first`; -1 from `end` on."""
-    offs = first + tl.arange(0, BLOCK_KV)
-    return tl.load(list_ptr + offs, mask=offs < end, other=-1)
-
-
-@triton.jit
-def find_rows(entries, num_rows):
-    """Row numbers, and which of them there are: the others must only be read under a mask.
-
-    To put 0 in their place costs the registers that then spill.
-    """
-    return entries.to(tl.int64), (entries >= 0) & (entries < num_rows)
-
-
-@triton.jit
-def begin_rows(BLOCK_H: tl.constexpr):
-    """Both halves of the output, running maximum and running sum before the first key."""
-    acc = tl.zeros([BLOCK_H, HALF_V], tl.float32)
-    row_max = tl.full([BLOCK_H], NO_MAXIMUM, tl.float32)
-    return acc, acc, row_max, tl.zeros([BLOCK_H], tl.float32)
-
-
-@triton.jit
-def attend_block(
-    q_left, q_right, q_rope, k_left, k_right, k_rope, valid,
-    acc_left, acc_right, row_max, row_sum, qk_scale_log2, HAS_ROPE: tl.constexpr,
+def attend_bf16_rows(
+    q_ptrs, is_head, rows_ptr, stride_row, num_rows, list_ptr, end, qk_scale_log2,
+    HAS_ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The running state after one more block of keys."""
-    scores = tl.dot(q_left, tl.trans(k_left))  # [BLOCK_H, BLOCK_KV]
-    scores = tl.dot(q_right, tl.trans(k_right), scores)
-    if HAS_ROPE:
-        scores = tl.dot(q_rope, tl.trans(k_rope), scores)
-    scores = tl.where(valid[None, :], scores, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale_log2)
-    rescale = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores * qk_scale_log2 - new_max[:, None])
-    row_sum = row_sum * rescale + tl.sum(weights, 1)
-    weights = weights.to(k_left.dtype)
-    acc_left = tl.dot(weights, k_left, acc_left * rescale[:, None])
-    acc_right = tl.dot(weights, k_right, acc_right * rescale[:, None])
-    return acc_left, acc_right, new_max, row_sum
+    """(left and right half of the unnormalised output, running maximum, running sum) of all entries.
+
+    The row stride is an argument even where it is a constant: a constant makes ptxas spill.
+    """
+    q_left, q_right, q_rope = load_halves(q_ptrs, is_head[:, None], HAS_ROPE)
+    row_max = tl.full([BLOCK_H], NO_MAXIMUM, tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    acc_left = tl.zeros([BLOCK_H, HALF_V], tl.float32)
+    acc_right = tl.zeros([BLOCK_H, HALF_V], tl.float32)
+    entries = load_entries(list_ptr, 0, end, BLOCK_KV)
+    for first in tl.range(0, end, BLOCK_KV, num_stages=NUM_STAGES):
+        rows, valid = find_rows(entries, num_rows)
+        entries = load_entries(list_ptr, first + BLOCK_KV, end, BLOCK_KV)
+        k_ptrs = rows_ptr + rows[:, None] * stride_row
+        k_left, k_right, k_rope = load_halves(k_ptrs, valid[:, None], HAS_ROPE)
+        scores = tl.dot(q_left, tl.trans(k_left))  # [BLOCK_H, BLOCK_KV]
+        scores = tl.dot(q_right, tl.trans(k_right), scores)
+        if HAS_ROPE:
+            scores = tl.dot(q_rope, tl.trans(k_rope), scores)
+        weights, rescale, row_max, row_sum = softmax_step(
+            scores, valid, row_max, row_sum, qk_scale_log2
+        )
+        weights = weights.to(k_left.dtype)
+        acc_left = tl.dot(weights, k_left, acc_left * rescale[:, None])
+        acc_right = tl.dot(weights, k_right, acc_right * rescale[:, None])
+    return acc_left, acc_right, row_max, row_sum
 
 
 @triton.jit
 def output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK: tl.constexpr):
-    """What the accumulators are multiplied by: 1 / (row_sum + the sink's part), 0 for a row without a key."""
+    """1 / (row_sum + the sink's part), by which the accumulators are multiplied; 0 without a key."""
     denominator = row_sum
     if HAS_SINK:
         sink = tl.load(sink_ptr + offs_h, mask=is_head, other=0.0)
@@ -130,14 +148,19 @@ def output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK: tl.cons
 
 @triton.jit
 def log2_sum(row_max, row_sum):
-    """log2 Σ 2^score; -inf for a row without a key."""
+    """log2 Σ 2^score; -inf without a key."""
     return tl.where(row_sum == 0, -float("inf"), row_max + tl.log2(row_sum))
 
 
 @triton.jit
-def store_halves(out_ptr, rows, acc_left, acc_right, factor, mask):
-    """Rows of 512 contiguous columns, in the type of `out_ptr`."""
-    ptrs = out_ptr + rows[:, None] * (2 * HALF_V) + tl.arange(0, HALF_V)[None, :]
-    left, right = acc_left * factor[:, None], acc_right * factor[:, None]
-    tl.store(ptrs, left.to(out_ptr.dtype.element_ty), mask=mask[:, None])
-    tl.store(ptrs + HALF_V, right.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+def natural_sum(row_max, row_sum):
+    """ln Σ e^logit; +inf without a key."""
+    return tl.where(row_sum == 0, float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+
+
+@triton.jit
+def store_columns(out_ptr, offs_h, acc, factor, is_head, HEAD_DIM_V: tl.constexpr):
+    """The columns from `out_ptr` on, in its type, of rows of HEAD_DIM_V contiguous columns."""
+    offs_d = tl.arange(0, acc.shape[1])
+    ptrs = out_ptr + offs_h[:, None] * HEAD_DIM_V + offs_d[None, :]
+    tl.store(ptrs, (acc * factor[:, None]).to(out_ptr.dtype.element_ty), mask=is_head[:, None])

@@ -162,8 +162,11 @@ def cost(shape: PagedIndexerShape) -> Cost:
 
 def memory(shape: PagedIndexerShape) -> Memory:
     tokens = shape.batch_size * shape.max_pages * shape.page_size
+    element = 1 if shape.precision == "fp8" else 2
+    queries = shape.batch_size * shape.seq_len_q * shape.index_heads
     return Memory(
         input_bytes=tokens * index_row_bytes(shape.precision)
+        + queries * (shape.index_dim * element + 4)
         + 4 * shape.batch_size * (shape.max_pages + shape.seq_len_q),
         output_bytes=4 * tokens * shape.seq_len_q,
     )

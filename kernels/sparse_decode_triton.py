@@ -1,13 +1,14 @@
 """Sparse decode in plain Triton, for every GPU with bf16 tensor cores: split over the selected keys.
 
 One program owns a query, up to 64 of its heads and one split of its slots, which it walks in blocks
-(`listed_attention.py`). Rows of a bf16 cache are gathered by asynchronous copies; of a fp8 cache the e4m3 bytes and
-scales are, then converted to bf16 in registers and stored to shared memory, from where both products read them. With
-fp8 the conversion binds (191 TFLOP/s at batch 128 on an H100), with small batches the few programs there are.
+(`listed_attention.py`). Rows of a bf16 cache are gathered by asynchronous copies. Of an fp8 cache
+the e4m3 bytes are; they are converted to bf16 in registers and stored to shared memory, from where
+both products read them. With fp8 and many queries this conversion binds (191 TFLOP/s at batch 128
+on an H100), with few queries the number of programs.
 
-With more than one split, partial outputs (fp32) and log2 sums go through memory and `combine_splits.py`; with one
-split the program writes the result itself. Supports bf16 caches from sm_80, fp8 from sm_89, any number of heads,
-queries and entries.
+With more than one split, partial outputs (fp32) and log2 sums go through memory and
+`combine_splits.py`; with one split the program writes the result itself. Supports bf16 caches from
+sm_80 on, fp8 from sm_89 on, any number of heads, queries and entries.
 """
 
 from dataclasses import dataclass
@@ -22,21 +23,21 @@ from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.listed_attention import (
     HALF_V,
-    LN_2,
+    NO_MAXIMUM,
     ROPE,
     Tiling,
     ask_device,
-    attend_block,
-    begin_rows,
+    attend_bf16_rows,
     choose_tiling,
     find_rows,
     load_entries,
-    load_halves,
     log2_sum,
+    natural_sum,
     output_factor,
-    store_halves,
+    softmax_step,
+    store_columns,
 )
-from dsa_bench.kernels.paging import HEAD_DIM_QK, HEAD_DIM_V
+from dsa_bench.kernels.paging import HEAD_DIM_V
 from dsa_bench.kernels.sparse_decode import (
     SparseDecodeInputs,
     SparseDecodeOutputs,
@@ -49,6 +50,7 @@ IMPLEMENTS = "sparse_decode"
 START_BLOCKS, MERGE_BLOCKS = 6, 2
 """What a program's start and end take, and merging the splits, in blocks of keys."""
 
+WIDTH_V = tl.constexpr(512)
 ROW_BYTES = tl.constexpr(656)
 GROUP = tl.constexpr(128)
 """One scale covers 128 e4m3 values."""
@@ -57,73 +59,91 @@ FIRST_ROPE = tl.constexpr(528 // 2)
 
 
 @triton.jit
-def _load_fp8_half(values_ptr, scales_ptr, rows, valid, FIRST_GROUP: tl.constexpr):
-    """Two groups of the rows, dequantised: e4m3 → fp32 · scale → bf16; 0 where not valid."""
-    groups = FIRST_GROUP + tl.arange(0, 2)
+def _load_fp8_latents(values_ptr, scales_ptr, rows, valid):
+    """[BLOCK_KV, 512] bf16, dequantised: e4m3 → fp32 · scale → bf16; 0 where not valid."""
+    groups = tl.arange(0, WIDTH_V // GROUP)
     columns = groups[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     ptrs = values_ptr + rows[:, None, None] * ROW_BYTES + columns
-    values = tl.load(ptrs, mask=valid[:, None, None], other=0.0)  # [BLOCK_KV, 2, GROUP]
+    values = tl.load(ptrs, mask=valid[:, None, None], other=0.0)  # [BLOCK_KV, 4, GROUP]
     ptrs = scales_ptr + rows[:, None] * (ROW_BYTES // 4) + FIRST_SCALE + groups[None, :]
     scale = tl.load(ptrs, mask=valid[:, None], other=0.0)
-    half = (values.to(tl.float32) * scale[:, :, None]).to(tl.bfloat16)
-    return tl.reshape(half, [rows.shape[0], 2 * GROUP])
+    latents = (values.to(tl.float32) * scale[:, :, None]).to(tl.bfloat16)
+    return tl.reshape(latents, [rows.shape[0], WIDTH_V])
 
 
 @triton.jit
-def _load_rows(cache_ptr, scales_ptr, halves_ptr, rows, valid, IS_FP8: tl.constexpr):
-    """Left half, right half and tail of cache rows in bf16; 0 where not valid."""
-    if IS_FP8:
-        left = _load_fp8_half(cache_ptr, scales_ptr, rows, valid, 0)
-        right = _load_fp8_half(cache_ptr, scales_ptr, rows, valid, 2)
-        offs_rope = FIRST_ROPE + tl.arange(0, ROPE)
-        ptrs = halves_ptr + rows[:, None] * (ROW_BYTES // 2) + offs_rope[None, :]
-        rope = tl.load(ptrs, mask=valid[:, None], other=0.0)
-    else:
-        ptrs = cache_ptr + rows[:, None] * (2 * HALF_V + ROPE)
-        left, right, rope = load_halves(ptrs, valid[:, None], True)
-    return left, right, rope
+def _attend_fp8_rows(
+    q_ptrs, is_head, values_ptr, scales_ptr, halves_ptr, num_rows, list_ptr, end, qk_scale_log2,
+    BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """(unnormalised output, running maximum, running sum) of all entries.
+
+    Latents and output are whole, not halves as with bf16: two conversions in flight make ptxas
+    spill 400 bytes, one of all 512 columns none.
+    """
+    offs_v, offs_rope = tl.arange(0, WIDTH_V), tl.arange(0, ROPE)
+    q = tl.load(q_ptrs + offs_v[None, :], mask=is_head[:, None], other=0.0)
+    q_rope = tl.load(q_ptrs + WIDTH_V + offs_rope[None, :], mask=is_head[:, None], other=0.0)
+    row_max = tl.full([BLOCK_H], NO_MAXIMUM, tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, WIDTH_V], tl.float32)
+    entries = load_entries(list_ptr, 0, end, BLOCK_KV)
+    for first in tl.range(0, end, BLOCK_KV, num_stages=NUM_STAGES):
+        rows, valid = find_rows(entries, num_rows)
+        entries = load_entries(list_ptr, first + BLOCK_KV, end, BLOCK_KV)
+        k = _load_fp8_latents(values_ptr, scales_ptr, rows, valid)
+        rope_ptrs = halves_ptr + rows[:, None] * (ROW_BYTES // 2) + FIRST_ROPE + offs_rope[None, :]
+        k_rope = tl.load(rope_ptrs, mask=valid[:, None], other=0.0)
+        scores = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_H, BLOCK_KV]
+        scores = tl.dot(q, tl.trans(k), scores)
+        weights, rescale, row_max, row_sum = softmax_step(
+            scores, valid, row_max, row_sum, qk_scale_log2
+        )
+        acc = tl.dot(weights.to(tl.bfloat16), k, acc * rescale[:, None])
+    return acc, row_max, row_sum
 
 
 @triton.jit
 def _sparse_decode_kernel(
     q_ptr, cache_ptr, scales_ptr, halves_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
-    num_queries, num_slots, num_heads, topk, span, qk_scale_log2,
+    num_slots, num_heads, topk, span, stride_q_head, stride_cache_row, qk_scale_log2,
     HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, IS_PARTIAL: tl.constexpr, IS_FP8: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one query, BLOCK_H of its heads, one split of `span` slots."""
     head_tiles = tl.cdiv(num_heads, BLOCK_H)
+    row = (tl.program_id(0) // head_tiles).to(tl.int64)
     first_head = (tl.program_id(0) % head_tiles) * BLOCK_H
-    query = (tl.program_id(0) // head_tiles) % num_queries
-    split = tl.program_id(0) // (head_tiles * num_queries)
-    row = query.to(tl.int64)
     offs_h = tl.arange(0, BLOCK_H)
     is_head = offs_h < num_heads - first_head
     length = topk
     if HAS_LENS:
         length = tl.minimum(tl.load(lens_ptr + row), topk)
-    begin = split * span
-    end = tl.minimum(begin + span, length)
-    list_ptr = slots_ptr + row * topk
-    WIDTH: tl.constexpr = 2 * HALF_V + ROPE
-    q_ptrs = q_ptr + (row * num_heads + first_head) * WIDTH + offs_h[:, None] * WIDTH
-    q_left, q_right, q_rope = load_halves(q_ptrs, is_head[:, None], True)
-    acc_left, acc_right, row_max, row_sum = begin_rows(BLOCK_H)
-    entries = load_entries(list_ptr, begin, end, BLOCK_KV)
-    for first in tl.range(begin, end, BLOCK_KV, num_stages=NUM_STAGES):
-        rows, valid = find_rows(entries, num_slots)
-        entries = load_entries(list_ptr, first + BLOCK_KV, end, BLOCK_KV)
-        k_left, k_right, k_rope = _load_rows(cache_ptr, scales_ptr, halves_ptr, rows, valid, IS_FP8)
-        acc_left, acc_right, row_max, row_sum = attend_block(
-            q_left, q_right, q_rope, k_left, k_right, k_rope, valid,
-            acc_left, acc_right, row_max, row_sum, qk_scale_log2, True,
+    begin = tl.program_id(1) * span
+    end = tl.minimum(length - begin, span)
+    list_ptr = slots_ptr + row * topk + begin
+    q_ptrs = q_ptr + (row * num_heads + first_head) * stride_q_head
+    q_ptrs += offs_h[:, None] * stride_q_head
+    num_queries = tl.num_programs(0) // head_tiles
+    first_row = (tl.program_id(1).to(tl.int64) * num_queries + row) * num_heads + first_head
+    out_ptr += first_row * WIDTH_V
+    sink_ptr += first_head
+    if IS_FP8:
+        acc, row_max, row_sum = _attend_fp8_rows(
+            q_ptrs, is_head, cache_ptr, scales_ptr, halves_ptr, num_slots, list_ptr, end,
+            qk_scale_log2, BLOCK_H, BLOCK_KV, NUM_STAGES,
         )  # fmt: skip
-    factor = output_factor(row_max, row_sum, sink_ptr + first_head, offs_h, is_head, HAS_SINK)
-    first_row = (split.to(tl.int64) * num_queries + query) * num_heads + first_head
-    store_halves(out_ptr + first_row * (2 * HALF_V), offs_h, acc_left, acc_right, factor, is_head)
-    lse = log2_sum(row_max, row_sum)
-    if not IS_PARTIAL:
-        lse = tl.where(row_sum == 0, float("inf"), lse * LN_2)
+        factor = output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK)
+        store_columns(out_ptr, offs_h, acc, factor, is_head, WIDTH_V)
+    else:
+        left, right, row_max, row_sum = attend_bf16_rows(
+            q_ptrs, is_head, cache_ptr, stride_cache_row, num_slots, list_ptr, end,
+            qk_scale_log2, True, BLOCK_H, BLOCK_KV, NUM_STAGES,
+        )  # fmt: skip
+        factor = output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK)
+        store_columns(out_ptr, offs_h, left, factor, is_head, WIDTH_V)
+        store_columns(out_ptr + HALF_V, offs_h, right, factor, is_head, WIDTH_V)
+    lse = log2_sum(row_max, row_sum) if IS_PARTIAL else natural_sum(row_max, row_sum)
     tl.store(lse_ptr + first_row + offs_h, lse, mask=is_head)
 
 
@@ -136,7 +156,7 @@ class SparseDecodeConfig:
 def choose_config(
     num_queries: int, num_heads: int, topk: int, num_sms: int, capability: tuple[int, int]
 ) -> SparseDecodeConfig:
-    """Splits that need the fewest rounds of the key loop on the busiest SM, counting start and merging."""
+    """Splits with the fewest rounds of the key loop on the busiest SM, start and merging counted."""
     tiling = choose_tiling(num_heads, capability)
     blocks = max(1, -(-topk // tiling.block_kv))
     programs = num_queries * -(-num_heads // tiling.block_h)
@@ -189,12 +209,12 @@ def sparse_decode(
     rows = kv_cache.flatten(0, 1)
     is_fp8 = rows.dtype == torch.uint8
     span = -(-topk // (num_splits * tiling.block_kv)) * tiling.block_kv
-    _sparse_decode_kernel[(queries * -(-num_heads // tiling.block_h) * num_splits,)](
+    _sparse_decode_kernel[(queries * -(-num_heads // tiling.block_h), num_splits)](
         q, rows.view(torch.float8_e4m3fn) if is_fp8 else rows,
         rows.view(torch.float32) if is_fp8 else lse, rows.view(torch.bfloat16), topk_slots,
         topk_lens if topk_lens is not None else topk_slots,
         attn_sink if attn_sink is not None else lse, partial_out, partial_lse,
-        queries, rows.shape[0], num_heads, topk, span, sm_scale * LOG2_E,
+        rows.shape[0], num_heads, topk, span, q.stride(2), rows.stride(0), sm_scale * LOG2_E,
         HAS_LENS=topk_lens is not None, HAS_SINK=attn_sink is not None and not is_split,
         IS_PARTIAL=is_split, IS_FP8=is_fp8,
         BLOCK_H=tiling.block_h, BLOCK_KV=tiling.block_kv, NUM_STAGES=tiling.num_stages,
@@ -231,7 +251,7 @@ IMPLEMENTATIONS = (Implementation(name="triton", run=run, supports=supports, pri
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both precisions, split and whole, with and without every flag, and few heads, which wgmma cannot take."""
+    """Both precisions, split and whole, with and without flags, and heads too few for wgmma."""
     fp32, int32, size = "*fp32:16", "*i32:16", "i32:16"
     cases = []
     for precision, num_heads, is_split, flags in (
@@ -244,8 +264,8 @@ def compile_cases() -> list[CompileCase]:
             "q_ptr": "*bf16:16", "cache_ptr": "*fp8e4nv:16" if is_fp8 else "*bf16:16",
             "scales_ptr": fp32, "halves_ptr": "*bf16:16", "slots_ptr": int32, "lens_ptr": int32,
             "sink_ptr": fp32, "out_ptr": fp32 if is_split else "*bf16:16", "lse_ptr": fp32,
-            "num_queries": "i32", "num_slots": "i32", "num_heads": size, "topk": size, "span": size,
-            "qk_scale_log2": "fp32",
+            "num_slots": "i32", "num_heads": size, "topk": size, "span": size,
+            "stride_q_head": size, "stride_cache_row": size, "qk_scale_log2": "fp32",
         }  # fmt: skip
         products = {"HGMMA.64x": 72} if tiling.block_h == 64 else {"HMMA": 72}
         place = "split" if is_split else "whole"

@@ -1,10 +1,11 @@
-"""Sparse prefill in plain Triton, for every GPU with bf16 tensor cores: one program a query and up to 64 heads.
+"""Sparse prefill in plain Triton, for every GPU with bf16 tensor cores.
 
-The program walks its list of keys in blocks (`listed_attention.py`): rows are gathered by asynchronous copies into
-shared memory, two blocks in flight; queries stay in shared memory, the output in registers. Programs of one query run
-side by side, so that its rows meet in L2. Softmax and products alternate, so the tensor cores idle half of the time
-(290 TFLOP/s on an H100 at 8K keys, where Gluon's two warpgroups reach 631). A row's list ends at its `topk_lens`.
-Supports any number of heads, keys and entries, head_dim 576/512 and 512/512.
+One program owns a query and up to 64 of its heads, and walks the query's list of keys in blocks
+(`listed_attention.py`): rows are gathered by asynchronous copies into shared memory, two blocks in
+flight; queries stay in shared memory, the output in registers. Programs of one query run side by
+side, so that its rows meet in L2. Softmax and products alternate, so the tensor cores idle half of
+the time: 290 TFLOP/s on an H100 at 8K keys, where Gluon's two warpgroups reach 631. A list ends at
+its `topk_lens`. Supports any number of heads, keys and entries, head_dim 576/512 and 512/512.
 """
 
 import torch
@@ -19,15 +20,11 @@ from dsa_bench.kernels.listed_attention import (
     LN_2,
     Tiling,
     ask_device,
-    attend_block,
-    begin_rows,
+    attend_bf16_rows,
     choose_tiling,
-    find_rows,
-    load_entries,
-    load_halves,
-    log2_sum,
+    natural_sum,
     output_factor,
-    store_halves,
+    store_columns,
 )
 from dsa_bench.kernels.sparse_prefill import (
     SparsePrefillInputs,
@@ -60,33 +57,25 @@ def _sparse_prefill_kernel(
     length = topk
     if HAS_LENS:
         length = tl.minimum(tl.load(lens_ptr + row), topk)
-    list_ptr = indices_ptr + row * stride_indices_row
-    q_ptr += row * stride_q_row + first_head.to(tl.int64) * stride_q_head
-    q_ptrs = q_ptr + offs_h[:, None] * stride_q_head
-    q_left, q_right, q_rope = load_halves(q_ptrs, is_head[:, None], HAS_ROPE)
-    acc_left, acc_right, row_max, row_sum = begin_rows(BLOCK_H)
-    entries = load_entries(list_ptr, 0, length, BLOCK_KV)
-    for first in tl.range(0, length, BLOCK_KV, num_stages=NUM_STAGES):
-        rows, valid = find_rows(entries, num_keys)
-        entries = load_entries(list_ptr, first + BLOCK_KV, length, BLOCK_KV)
-        k_ptrs = kv_ptr + rows[:, None] * stride_kv_row
-        k_left, k_right, k_rope = load_halves(k_ptrs, valid[:, None], HAS_ROPE)
-        acc_left, acc_right, row_max, row_sum = attend_block(
-            q_left, q_right, q_rope, k_left, k_right, k_rope, valid,
-            acc_left, acc_right, row_max, row_sum, qk_scale_log2, HAS_ROPE,
-        )  # fmt: skip
-    first_row = row * num_heads + first_head
+    q_ptrs = q_ptr + row * stride_q_row + first_head.to(tl.int64) * stride_q_head
+    q_ptrs += offs_h[:, None] * stride_q_head
+    acc_left, acc_right, row_max, row_sum = attend_bf16_rows(
+        q_ptrs, is_head, kv_ptr, stride_kv_row, num_keys, indices_ptr + row * stride_indices_row,
+        length, qk_scale_log2, HAS_ROPE, BLOCK_H, BLOCK_KV, NUM_STAGES,
+    )  # fmt: skip
     factor = output_factor(row_max, row_sum, sink_ptr + first_head, offs_h, is_head, HAS_SINK)
-    store_halves(out_ptr + first_row * (2 * HALF_V), offs_h, acc_left, acc_right, factor, is_head)
-    is_empty = row_sum == 0
-    max_logits = tl.where(is_empty, -float("inf"), row_max * LN_2)
+    WIDTH: tl.constexpr = 2 * HALF_V
+    first_row = row * num_heads + first_head
+    out_ptr += first_row * WIDTH
+    store_columns(out_ptr, offs_h, acc_left, factor, is_head, WIDTH)
+    store_columns(out_ptr + HALF_V, offs_h, acc_right, factor, is_head, WIDTH)
+    max_logits = tl.where(row_sum == 0, -float("inf"), row_max * LN_2)
     tl.store(max_ptr + first_row + offs_h, max_logits, mask=is_head)
-    lse = tl.where(is_empty, float("inf"), log2_sum(row_max, row_sum) * LN_2)
-    tl.store(lse_ptr + first_row + offs_h, lse, mask=is_head)
+    tl.store(lse_ptr + first_row + offs_h, natural_sum(row_max, row_sum), mask=is_head)
 
 
 def choose_config(num_heads: int, capability: tuple[int, int]) -> Tiling:
-    """One program a tile of heads: there are always enough queries, so the tile is all there is to choose."""
+    """The tile: there are always enough queries to fill the GPU."""
     return choose_tiling(num_heads, capability)
 
 

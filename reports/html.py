@@ -284,7 +284,8 @@ def _environment(label: str, run: frame.Run) -> dict[str, Any]:
     """Name and value of all that the header says, nested names joined by dots."""
     device = str(run.header.get("machine", {}).get("device", ""))
     price = frame.price_text({"device": device, "gpu_hour_usd": frame.gpu_hour_usd(run.header)})
-    header = {k: v for k, v in run.header.items() if k != "schema"}
+    # the plan only says again which cases there are
+    header = {k: v for k, v in run.header.items() if k not in ("schema", "plan")}
     rows = [("run folder", str(run.path)), *_flatten(header)]
     return {"label": label, "rows": rows, "price": price}
 

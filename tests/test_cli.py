@@ -211,7 +211,7 @@ def test_profile_asks_for_traces_of_a_few_cases(call: Call, tmp_path: Path) -> N
         (("run", "--phase", "decoed"), "--phase 'decoed' is unknown; did you mean 'decode'?"),
         (("run", "smok"), "sweep 'smok' is unknown; did you mean 'smoke'?"),
         (("run", "--device", "cuda"), "torch sees no CUDA device (pass --device cpu)"),
-        (("run", "--device", "tpu"), "--device 'tpu' is unknown; known: auto, cuda, cpu"),
+        (("run", "--device", "tpu"), "--device 'tpu' is unknown; did you mean 'cpu'?"),
         (("run", "--effort", "quik"), "--effort 'quik' is unknown; did you mean 'quick'?"),
         (("run", "--bogus"), "No such option: --bogus"),
         (("run", "--timeout", "0"), "Invalid value for '--timeout'"),

@@ -83,7 +83,7 @@ def test_profile_of_a_failed_case_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("width", "head"),
-    [(80, ("case", "time", "rate", "why")), (40, ("case", "time", "why")), (9, ("case", "why"))],
+    [(80, ("case", "time", "rate", "why")), (44, ("case", "time", "why")), (9, ("case", "why"))],
 )
 def test_narrow_table_does_without_spare_columns(width: int, head: tuple[str, ...]) -> None:
     table = show.TextTable(

@@ -184,9 +184,9 @@ def test_cases_take_the_presets_heads_and_one_sequence_in_prefill() -> None:
     wanted = make(op="dsa", seq_len_kv="4k", preset="v3.2-cpu", batch_size="2,4")
     found = sweep.cases(wanted, {"dsa": DSA})
     assert [(c.phase, c.batch_size, c.seq_len_q, c.num_heads) for c in found] == [
-        ("prefill", 1, 4096, 8),
-        ("decode", 2, 1, 8),
-        ("decode", 4, 1, 8),
+        ("prefill", 1, 4096, 16),
+        ("decode", 2, 1, 16),
+        ("decode", 4, 1, 16),
     ]
 
 

@@ -296,12 +296,17 @@ def call(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _say(str(error))
     except PARSER_ERROR as error:
-        return _say(cast(Any, error).format_message().rstrip("."))
+        return _say(_parser_sentence(cast(Any, error)))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except OSError as error:
         return _say(f"{error.filename or 'the run'}: {error.strerror or error}")
     return int(code or 0)
+
+
+def _parser_sentence(error: Any) -> str:
+    command = error.ctx.command_path if error.ctx else "dsa-bench"
+    return f"{error.format_message().rstrip('.')} (see {command} --help)"
 
 
 def _say(sentence: str) -> int:
