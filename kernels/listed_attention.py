@@ -9,8 +9,8 @@ entries of a block are read one block ahead by hand: then nothing but an address
 loop and the loads of rows, and the compiler makes them asynchronous copies, two blocks in flight.
 
 bf16 rows are held in two halves of 256 columns and a tail of 64, for one accumulator of 512 columns
-is 6 % slower (271 against 290 TFLOP/s, H100, 8K keys). On Hopper the loop takes 255 registers; what
-is said below of spills was seen with Triton 3.6.
+was 6 % slower in a prototype (271 against 290 TFLOP/s, H100, 8K keys). On Hopper the loop takes
+255 registers; what is said below of spills was seen with Triton 3.6.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from dsa_bench.kernels import attention
+
+LOG2_E = tl.constexpr(attention.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 HALF_V = tl.constexpr(256)
 ROPE = tl.constexpr(64)
 NO_MAXIMUM = tl.constexpr(-1e30)
 """Running maximum before the first key; finite, so that no difference of two is NaN."""
 
-SMALLEST_BLOCK_H, LARGEST_BLOCK_H, LARGEST_BLOCK_H_IN_100_KB = 16, 64, 32
+SMALLEST_BLOCK_H = 16
+HAVE_64_HEADS = ((8, 0), (8, 7), (9, 0))
+"""Compute capabilities whose programs take 64 heads; others take 32."""
 ASSUMED_CAPABILITY, ASSUMED_SMS = (9, 0), 132
 """An H100, where there is no GPU to ask: the interpreter."""
 
@@ -44,13 +48,13 @@ class Tiling:
 def choose_tiling(num_heads: int, capability: tuple[int, int]) -> Tiling:
     """The largest tile that fits into shared memory and 255 registers without spills.
 
-    Hopper (227 KB): 64 heads × 64 keys take 221 KB. Others: 32 keys; 64 heads take 115 KB (sm_80 has
-    163), 32 heads 76 KB (sm_86, sm_89 and sm_120 have 99). Four warps spill even with 16 × 64.
-    H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages gave 290 TFLOP/s, in one stage
-    200, 32 keys 190 to 212.
+    Hopper (227 KB): 64 heads × 64 keys take 221 KB. Others 32 keys: 64 heads take 115 KB (sm_80
+    has 163), 32 heads 76 KB (sm_86, sm_89 and sm_120 have 99). For sm_100 Triton 3.6 puts tiles of
+    64 heads into tensor memory and emits no code for them. Four warps spill even at 16 × 64.
+    A prototype without masked loads, H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages
+    290 TFLOP/s, in one stage 200, 32 keys 190 to 212.
     """
-    has_100_kb = capability in ((8, 6), (8, 9)) or capability[0] >= 12
-    largest = LARGEST_BLOCK_H_IN_100_KB if has_100_kb else LARGEST_BLOCK_H
+    largest = 64 if capability in HAVE_64_HEADS else 32
     block_h = min(largest, max(SMALLEST_BLOCK_H, triton.next_power_of_2(num_heads)))
     return Tiling(block_h=block_h, block_kv=64 if capability[0] == 9 else 32)
 
@@ -91,7 +95,7 @@ def softmax_step(scores, valid, row_max, row_sum, qk_scale_log2):
 
 @triton.jit
 def load_halves(row_ptrs, mask, HAS_ROPE: tl.constexpr):
-    """Left half, right half and tail of bf16 rows, 0 where masked; without a tail left once more."""
+    """Left half, right half and tail of bf16 rows, 0 where masked; without a tail left again."""
     offs_d = tl.arange(0, HALF_V)
     left = tl.load(row_ptrs + offs_d[None, :], mask=mask, other=0.0)
     right = tl.load(row_ptrs + HALF_V + offs_d[None, :], mask=mask, other=0.0)
@@ -107,7 +111,7 @@ def attend_bf16_rows(
     q_ptrs, is_head, rows_ptr, stride_row, num_rows, list_ptr, end, qk_scale_log2,
     HAS_ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(left and right half of the unnormalised output, running maximum, running sum) of all entries.
+    """(left and right half of the unnormalised output, running maximum, running sum).
 
     The row stride is an argument even where it is a constant: a constant makes ptxas spill.
     """
@@ -137,12 +141,11 @@ def attend_bf16_rows(
 
 @triton.jit
 def output_factor(row_max, row_sum, sink_ptr, offs_h, is_head, HAS_SINK: tl.constexpr):
-    """1 / (row_sum + the sink's part), by which the accumulators are multiplied; 0 without a key."""
+    """1 / (row_sum + the sink's part), what the accumulators are multiplied by; 0 without a key."""
     denominator = row_sum
     if HAS_SINK:
         sink = tl.load(sink_ptr + offs_h, mask=is_head, other=0.0)
         denominator += tl.exp2(sink * LOG2_E - row_max)
-    # == and not >: a sum of NaN must show in the output
     return tl.where(row_sum == 0, 0.0, 1.0 / denominator)
 
 
@@ -155,6 +158,7 @@ def log2_sum(row_max, row_sum):
 @triton.jit
 def natural_sum(row_max, row_sum):
     """ln Σ e^logit; +inf without a key."""
+    # == 0 and not > 0: a sum of NaN stays one
     return tl.where(row_sum == 0, float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
 
 

@@ -112,7 +112,7 @@ def _inside_larger(x: Tensor, *extra: int) -> Tensor:
 def sparse_prefill_strided(inputs: Any) -> Any:
     """Slices of larger tensors; one index repeated through a whole row."""
     indices = inputs.topk_indices.clone()
-    indices[-1] = indices[-1, 0]
+    indices[-1] = indices[-1, 0].clone()
     return dataclasses.replace(
         inputs,
         q=_inside_larger(inputs.q, 1, 3, 64),

@@ -188,13 +188,18 @@ def test_real_profile_on_the_cpu_has_both_stages_and_leaves_files(tmp_path: Path
 @pytest.mark.gpu
 def test_real_profile_on_the_gpu_has_both_stages() -> None:
     inputs = fake_operator.make_inputs(FakeShape(num_rows=2**21), seed=0, device="cuda")
-    flushed: list[None] = []
+    flushed: list[int] = []
+
+    def flush() -> None:
+        inputs.x.zero_()
+        flushed.append(1)
+
     found = trace.trace_case(
         run_affine,
         inputs,
         stages=[stage("double"), stage("shift")],
         device="cuda",
-        before=lambda: flushed.append(inputs.x.zero_() and None),
+        before=flush,
     )
     assert [s.name for s in found.stages] == ["double", "shift"]
     assert len(flushed) == 3
