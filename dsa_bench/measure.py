@@ -20,7 +20,7 @@ from torch import Tensor
 from dsa_bench import trace
 from dsa_bench.operator import Machine, Memory, Run
 from dsa_bench.record import MemoryUse, Timing
-from dsa_bench.stats import relative_half_width
+from dsa_bench.stats import median, relative_half_width
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -225,9 +225,23 @@ def sample_until(
         stop = stop_reason([s.seconds for s in samples], clock() - begin, effort)
         if stop:
             break
-    overtaken = sum(s.overtaken for s in samples) > LAUNCH_BOUND_SHARE * len(samples)
     timing = Timing(mode=mode, seconds=tuple(s.seconds for s in samples), stop=stop)
-    return Measurement(timing=timing, flags=("launch_bound",) if overtaken else ())
+    flags = ("launch_bound",) if is_launch_bound(samples, effort) else ()
+    return Measurement(timing=timing, flags=flags)
+
+
+def is_launch_bound(samples: Sequence[Sample], effort: Effort) -> bool:
+    """Whether waits for the host show: the median moves when the overtaken samples are left out.
+
+    A host that hesitates now and then overtakes no median; one that is slower than the GPU leaves
+    no sample untouched.
+    """
+    untouched = [s.seconds for s in samples if not s.overtaken]
+    if len(samples) - len(untouched) <= LAUNCH_BOUND_SHARE * len(samples):
+        return False
+    if len(untouched) < MIN_SAMPLES_SLOW:
+        return True
+    return abs(median([s.seconds for s in samples]) / median(untouched) - 1) > effort.half_width
 
 
 def _cycle(calls: Sequence[Call]) -> Iterator[Call]:

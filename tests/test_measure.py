@@ -93,12 +93,30 @@ def test_samples_are_bounded_in_number() -> None:
     assert len(taken.timing.seconds) == measure.MAX_SAMPLES
 
 
-@pytest.mark.parametrize(("every", "flags"), [(10, ("launch_bound",)), (1000, ())])
-def test_more_than_one_sample_in_twenty_overtaken_is_flagged(
-    every: int, flags: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("overtaken", "slower", "expected"),
+    [
+        pytest.param(0, 2.0, False, id="none"),
+        pytest.param(1, 2.0, False, id="one-of-forty"),
+        pytest.param(4, 2.0, False, id="few-do-not-move-the-median"),
+        pytest.param(36, 1.2, True, id="most-and-slower"),
+        pytest.param(30, 1.0, False, id="most-but-no-slower"),
+        pytest.param(38, 1.0, True, id="too-few-untouched-to-tell"),
+    ],
+)
+def test_launch_bound_is_what_the_host_shows_in_the_median(
+    overtaken: int, slower: float, expected: bool
 ) -> None:
-    meter = FakeMeter(FakeClock(), endless(0.01, 0.02), overtaken=lambda i: i % every == 0)
-    assert sample(meter).flags == flags
+    samples = [Sample(seconds=0.001)] * (40 - overtaken)
+    samples += [Sample(seconds=0.001 * slower, overtaken=True)] * overtaken
+    assert measure.is_launch_bound(samples, EFFORTS["quick"]) is expected
+
+
+def test_a_host_that_is_always_late_is_flagged() -> None:
+    late = FakeMeter(FakeClock(), endless(0.01), overtaken=lambda i: True)
+    in_time = FakeMeter(FakeClock(), endless(0.01), overtaken=lambda i: False)
+    assert sample(late).flags == ("launch_bound",)
+    assert sample(in_time).flags == ()
 
 
 def test_calls_rotate() -> None:
