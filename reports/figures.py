@@ -6,13 +6,14 @@ from typing import Any
 
 import pandas as pd
 
-from dsa_bench.reports import frame, lines, published, units
+from dsa_bench.reports import crossover, frame, lines, published, units
 from dsa_bench.reports.chart import Axis, Figure, Mark, Point, Series
 from dsa_bench.reports.digest import Digest
 from dsa_bench.reports.metrics import ceilings
 
 LENGTH = Axis(title="sequence length L (tokens)", text=units.format_length, base=2)
-
+MAX_CROSSINGS = 3
+"""Crossings that one figure labels."""
 
 PREFILL_CEILINGS = {
     "bf16_flops_per_second": "measured bf16 matmul rate",
@@ -56,7 +57,7 @@ def speedup(report: Digest) -> list[Figure]:
             series=tuple(_series(line, "speedup", _speedup_note) for line in panel.lines),
             marks=(
                 Mark(kind="level", y=1.0, label="as fast as dense"),
-                *(mark for line in panel.lines for mark in _crossing_marks(line, report)),
+                *_crossing_marks(panel, report),
             ),
             is_lead=True,
         )
@@ -337,12 +338,26 @@ def _crossover_of(line: lines.Line, report: Digest) -> Any:
     return matches[0]
 
 
-def _crossing_marks(line: lines.Line, report: Digest) -> list[Mark]:
-    found = _crossover_of(line, report)
-    if found.seq_len_kv is None:
-        return []
-    label = units.format_length(found.seq_len_kv)
-    return [Mark(kind="crossing", x=found.seq_len_kv, y=1.0, label=label, role=line.role)]
+def _crossing_marks(panel: lines.Panel, report: Digest) -> list[Mark]:
+    """Where each line meets 1; of many lines only the one that the headline speaks of.
+
+    More than MAX_CROSSINGS labels lie on top of each other; the text below the figure has them all.
+    """
+    found = [(line, _crossover_of(line, report)) for line in panel.lines]
+    found = [(line, each) for line, each in found if each.seq_len_kv is not None]
+    if len(found) > MAX_CROSSINGS:
+        chosen = crossover.choose([each for _, each in found])
+        found = [(line, each) for line, each in found if each is chosen]
+    return [
+        Mark(
+            kind="crossing",
+            x=each.seq_len_kv,
+            y=1.0,
+            label=units.format_length(each.seq_len_kv),
+            role=line.role,
+        )
+        for line, each in found
+    ]
 
 
 def _crossing_answer(line: lines.Line, report: Digest) -> str:

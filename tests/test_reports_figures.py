@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dsa_bench.record import Case, Record
 from dsa_bench.reports import chart, lines, plots, published, vega
 from dsa_bench.reports.chart import Axis, Figure, Point, Series
 from dsa_bench.reports.digest import digest
 from dsa_bench.reports.figures import MAKERS, figures
-from tests.reports_runs import LENGTHS, FakeRun, h100_run, hostile_run
+from tests.reports_runs import HEADER, LENGTHS, FakeRun, h100_run, hostile_run, ok
 
 
 def by_name(run: FakeRun) -> dict[str, Figure]:
@@ -264,3 +265,22 @@ def test_hostile_names_can_be_drawn(tmp_path: Path) -> None:
         assert all(c.isascii() and (c.isalnum() or c == "-") for c in figure.name)
     path = plots.write_figure(made[0], tmp_path)
     assert "<script" not in path.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_of_many_crossings_only_the_headlines_is_marked() -> None:
+    def case(op: str, impl: str, seq_len_kv: int, seconds: float, **more: object) -> Record:
+        point = {"op": op, "impl": impl, "phase": "decode", "seq_len_kv": seq_len_kv}
+        return ok(Case.from_json(point | {"seq_len_q": 1} | more), seconds)
+
+    records = [case("dense_attention", "fa", n * 1024, n * 1e-5) for n in (4, 128)]
+    for topk in (512, 1024, 2048):
+        for precision in ("bf16", "fp8"):
+            for n in (4, 128):
+                seconds = (5 + topk / 1024 + (precision == "bf16")) * 1e-5
+                records.append(case("dsa", "x", n * 1024, seconds, topk=topk, precision=precision))
+    run = FakeRun(path=Path("results/many"), header=HEADER, records=records)
+    (figure,) = [f for name, f in by_name(run).items() if name.startswith("speedup")]
+    crossings = [m for m in figure.marks if m.kind == "crossing"]
+    # 7e-5 s is dense at 7K
+    assert [m.label for m in crossings] == ["7K"]
+    assert figure.answer.count("faster from") == 6
