@@ -62,6 +62,8 @@ STAGE_OPERATORS = {
     for module in (indexer, topk, sparse_prefill, paged_indexer, page_slots, sparse_decode)
 }
 WORKSPACE_BYTES = 512 * 2**20
+LOGITS_ALIGNMENT = 64
+"""Columns to which an implementation may pad a row of logits."""
 DENSE_ERROR_ROWS = 8
 
 
@@ -160,7 +162,8 @@ def compose(phase: str, stages: Mapping[str, Implementation]) -> Run:
 def query_chunks(inputs: DsaPrefillInputs) -> list[slice]:
     """Cut the queries so that their fp32 logits over all keys fit into the workspace."""
     num_queries, num_keys = inputs.q.shape[0], inputs.kv.shape[0]
-    size = max(1, inputs.workspace_bytes // (4 * num_keys))
+    row_bytes = 4 * -(-num_keys // LOGITS_ALIGNMENT) * LOGITS_ALIGNMENT
+    size = max(1, inputs.workspace_bytes // row_bytes)
     return [slice(i, min(i + size, num_queries)) for i in range(0, num_queries, size)]
 
 
@@ -172,6 +175,8 @@ def run_prefill(inputs: DsaPrefillInputs, stages: Mapping[str, Implementation]) 
         with record_function("stage:topk"):
             start, end = inputs.kv_start[part], inputs.kv_end[part]
             (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, inputs.topk))
+        # before the next chunk's are made: one chunk of logits is the workspace
+        del logits
         selected.append(indices)
     with record_function("stage:topk"):
         topk_indices = selected[0] if len(selected) == 1 else torch.cat(selected)
@@ -323,7 +328,7 @@ def cost(shape: DsaShape) -> Cost:
 
 
 def memory(shape: DsaShape) -> Memory:
-    """Inputs of indexer and attention, the chunk of logits, the selection, the output."""
+    """Inputs of indexer and attention, a chunk of logits, selection, partial results, output."""
     stages = shape.stage_shapes()
     parts = {name: STAGE_OPERATORS[name].memory(stage) for name, stage in stages.items()}
     first, *_, last = (parts[name] for name in STAGES[shape.phase])
@@ -335,7 +340,7 @@ def memory(shape: DsaShape) -> Memory:
     return Memory(
         input_bytes=first.input_bytes + last.input_bytes - selection,
         output_bytes=last.output_bytes + selection,
-        workspace_bytes=logits + selection,
+        workspace_bytes=logits + selection + last.workspace_bytes,
     )
 
 

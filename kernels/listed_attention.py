@@ -9,8 +9,8 @@ entries of a block are read one block ahead by hand: then nothing but an address
 loop and the loads of rows, and the compiler makes them asynchronous copies, two blocks in flight.
 
 bf16 rows are held in two halves of 256 columns and a tail of 64, for one accumulator of 512 columns
-was 6 % slower in a prototype (271 against 290 TFLOP/s, H100, 8K keys). On Hopper the loop takes
-255 registers; what is said below of spills was seen with Triton 3.6.
+was 6 % slower (271 against 290 TFLOP/s, H100, 8K keys, without masked loads). On Hopper the loop
+takes 255 registers; what is said below of spills was seen with Triton 3.6.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def choose_tiling(num_heads: int, capability: tuple[int, int]) -> Tiling:
     Hopper (227 KB): 64 heads × 64 keys take 221 KB. Others 32 keys: 64 heads take 115 KB (sm_80
     has 163), 32 heads 76 KB (sm_86, sm_89 and sm_120 have 99). For sm_100 Triton 3.6 puts tiles of
     64 heads into tensor memory and emits no code for them. Four warps spill even at 16 × 64.
-    A prototype without masked loads, H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages
+    Without masked loads, H100, prefill of 4096 × 8192, 128 heads: 64 keys in two stages
     290 TFLOP/s, in one stage 200, 32 keys 190 to 212.
     """
     largest = 64 if capability in HAVE_64_HEADS else 32

@@ -36,7 +36,7 @@ from dsa_bench.kernels.paging import (
     pack_index_pages,
     unpack_index_pages,
 )
-from dsa_bench.operator import Cost, Memory, Operator
+from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
 
@@ -53,6 +53,9 @@ class PagedIndexerShape:
     page_size: int = 64
     precision: str = "fp8"
 
+    def __post_init__(self) -> None:
+        expect_new_tokens(self.seq_len_q, self.seq_len_kv)
+
     @property
     def max_pages(self) -> int:
         return -(-self.seq_len_kv // self.page_size)
@@ -62,6 +65,14 @@ class PagedIndexerShape:
         """Visible (query, key) pairs: query j sees seq_len_kv - seq_len_q + j + 1 keys."""
         n, m = self.seq_len_kv, self.seq_len_q
         return self.batch_size * (m * (n - m) + m * (m + 1) // 2)
+
+
+def expect_new_tokens(seq_len_q: int, seq_len_kv: int) -> None:
+    """Raise Unsupported unless the new tokens lie within the context."""
+    if not 0 < seq_len_q <= seq_len_kv:
+        raise Unsupported(
+            f"seq_len_q {seq_len_q} must be 1 … L {seq_len_kv} (the new tokens are counted in L)"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,11 @@ class PagedIndexerConfig:
 def choose_config(
     batch_size: int, seq_len_q: int, max_pages: int, heads: int, precision: str, num_sms: int
 ) -> PagedIndexerConfig:
-    """Enough programs for four on each SM; with less than four pages their start would dominate."""
+    """Eight programs for each SM, of four pages or more.
+
+    H100, context 32K, fp8: batch 1 takes 9 µs with 4 pages a program and 13 µs with 8; batch 32
+    and 128 differ by 3 % between 8 and 32 pages.
+    """
     block_q = 1
     while block_q < seq_len_q and 2 * block_q * heads <= MAX_COLUMNS:
         block_q *= 2

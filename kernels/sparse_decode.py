@@ -37,6 +37,7 @@ from dsa_bench.kernels.attention import (
     attend,
     row_chunk,
 )
+from dsa_bench.kernels.paged_indexer import expect_new_tokens
 from dsa_bench.kernels.paging import (
     HEAD_DIM_QK,
     HEAD_DIM_V,
@@ -50,6 +51,10 @@ from dsa_bench.kernels.sparse_prefill import make_attention_tensor, random_indic
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
+
+MAX_SPLITS = 16
+PARTIAL_ROWS = 2**15
+"""Rows of fp32 partial results that splitting takes at most: it ends where the GPU is full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,7 @@ class SparseDecodeShape:
     sm_scale: float = Preset(name="").sm_scale
 
     def __post_init__(self) -> None:
+        expect_new_tokens(self.seq_len_q, self.seq_len_kv)
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
 
@@ -179,6 +185,10 @@ def check_arguments(
     expect_same_device(
         q=q, kv_cache=kv_cache, topk_slots=topk_slots, attn_sink=attn_sink, topk_lens=topk_lens
     )
+    if topk_lens is not None and not topk_lens.is_contiguous():
+        raise ValueError(
+            f"topk_lens must be contiguous, got strides {topk_lens.stride()} (pass x.contiguous())"
+        )
     for name, tensor in (("q", q), ("kv_cache", kv_cache), ("topk_slots", topk_slots)):
         if not tensor.is_contiguous() or tensor.data_ptr() % 16:
             raise ValueError(
@@ -208,6 +218,7 @@ def memory(shape: SparseDecodeShape) -> Memory:
         + 2 * heads * HEAD_DIM_QK
         + 4 * shape.queries * shape.topk,
         output_bytes=heads * (2 * HEAD_DIM_V + 4),
+        workspace_bytes=min(MAX_SPLITS * heads, PARTIAL_ROWS) * (HEAD_DIM_V + 1) * 4,
     )
 
 

@@ -192,6 +192,12 @@ def expect_aligned(name: str, tensor: Tensor) -> None:
             f"{name} must have strides that are multiples of 16 elements,"
             f" got {tuple(tensor.stride())} (pass x.contiguous())"
         )
+    # a tile's 64 heads are addressed from its first row with 32 bits
+    if tensor.dim() == 3 and (tensor.shape[1] + 64) * tensor.stride(1) >= 2**31:
+        raise ValueError(
+            f"{name} must have its heads within 2^31 elements of each other,"
+            f" got strides {tuple(tensor.stride())} (pass x.contiguous())"
+        )
 
 
 def cost(shape: SparsePrefillShape) -> Cost:

@@ -147,9 +147,9 @@ def shape_of(case: Case, preset: Preset) -> TopkShape:
     """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q whole rows."""
     if case.topk is None:
         raise Unsupported("topk has no value (pass -k)")
+    if case.seq_len_q > case.seq_len_kv:
+        raise Unsupported(f"seq_len_q {case.seq_len_q} is more than L {case.seq_len_kv}")
     if case.phase == "prefill":
-        if case.seq_len_q > case.seq_len_kv:
-            raise Unsupported(f"seq_len_q {case.seq_len_q} is more than L {case.seq_len_kv}")
         before = case.seq_len_kv - case.seq_len_q
         rows = case.seq_len_q
         valid = rows * before + rows * (rows + 1) // 2
