@@ -242,6 +242,12 @@ def _expect_contiguous(**tensors: Tensor) -> None:
             )
 
 
+def _expect_causal(seq_len_q: int, seq_len_kv: int) -> None:
+    """The queries are the last tokens of the keys, so the first of them must see one."""
+    if seq_len_q > seq_len_kv:
+        raise ValueError(f"seq_len_q {seq_len_q} must be at most seq_len_kv {seq_len_kv}")
+
+
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float, config: PrefillConfig | None = None
 ) -> DenseOutputs:
@@ -253,14 +259,14 @@ def prefill(
         v: [seq_len_kv, num_heads, 128] bf16.
     """
     config = config or PrefillConfig()
-    seq_len_q, num_heads, _ = q.shape
-    seq_len_kv = k.shape[0]
     expect_tensor(
         "q", q, torch.bfloat16, seq_len_q=None, num_heads=None, head_dim_qk=HEAD_DIM_QK_MHA
     )
+    seq_len_q, num_heads, _ = q.shape
     expect_tensor(
         "k", k, torch.bfloat16, seq_len_kv=None, num_heads=num_heads, head_dim_qk=HEAD_DIM_QK_MHA
     )
+    seq_len_kv = k.shape[0]
     expect_tensor(
         "v",
         v,
@@ -271,8 +277,11 @@ def prefill(
     )
     expect_same_device(q=q, k=k, v=v)
     _expect_contiguous(q=q, k=k, v=v)
+    _expect_causal(seq_len_q, seq_len_kv)
     out = q.new_empty(seq_len_q, num_heads, HEAD_DIM_V_MHA)
     lse = torch.empty(seq_len_q, num_heads, device=q.device)
+    if not q.numel():
+        return DenseOutputs(out, lse)
 
     def tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), [rows, columns])
@@ -300,7 +309,6 @@ def decode(
         q: [batch_size, seq_len_q, num_heads, 576] bf16, contiguous, as is the other.
         kv: [batch_size, seq_len_kv, 576] bf16.
     """
-    batch_size, seq_len_q, num_heads, _ = q.shape
     expect_tensor(
         "q",
         q,
@@ -310,18 +318,22 @@ def decode(
         num_heads=None,
         head_dim_qk=HEAD_DIM_QK,
     )
+    batch_size, seq_len_q, num_heads, _ = q.shape
     expect_tensor(
         "kv", kv, torch.bfloat16, batch_size=batch_size, seq_len_kv=None, head_dim_qk=HEAD_DIM_QK
     )
     expect_same_device(q=q, kv=kv)
     _expect_contiguous(q=q, kv=kv)
+    _expect_causal(seq_len_q, kv.shape[1])
+    out = q.new_empty(batch_size, seq_len_q, num_heads, HEAD_DIM_V)
+    lse = torch.empty(batch_size, seq_len_q, num_heads, device=q.device)
+    if not q.numel():
+        return DenseOutputs(out, lse)
     num_rows = seq_len_q * num_heads
     config = config or choose_config(
         batch_size=batch_size, num_rows=num_rows, seq_len_kv=kv.shape[1], num_sms=_num_sms(q.device)
     )
     splits = config.num_splits
-    out = q.new_empty(batch_size, seq_len_q, num_heads, HEAD_DIM_V)
-    lse = torch.empty(batch_size, seq_len_q, num_heads, device=q.device)
     part = torch.empty(splits, *out.shape, device=q.device) if splits > 1 else out
     part_lse = torch.empty(splits, *lse.shape, device=q.device) if splits > 1 else lse
     rows = q.view(batch_size, num_rows, HEAD_DIM_QK)

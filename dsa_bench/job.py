@@ -182,7 +182,9 @@ def execute(
                 verb=job.verb, options=options, timeout=job.timeout, log=folder / LOG
             ),
             save=save,
-            reproduce=functools.partial(sweep.reproduce, device=job.device),
+            reproduce=functools.partial(
+                sweep.reproduce, device=job.device, effort=job.options.get("effort", "quick")
+            ),
             tell=tell,
             start=start,
         )

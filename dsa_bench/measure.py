@@ -157,6 +157,9 @@ def measure(
             # a capture that fails leaves its own stream as the current one
             with torch.cuda.stream(torch.cuda.current_stream()):
                 calls = _graph_rotation(run, input_sets)
+        except torch.OutOfMemoryError:
+            # a RuntimeError too, but one that ends the case as `oom`
+            raise
         except RuntimeError:
             # a callee that waits for the GPU or allocates outside of torch cannot be captured
             mode, flags = "cold", ("no_graph",)

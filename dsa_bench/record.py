@@ -5,7 +5,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 SCHEMA = "dsa-bench/record@1"
 RUN_SCHEMA = "dsa-bench/run@1"
@@ -58,8 +60,7 @@ class Case:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Case":
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in data.items() if k in known})
+        return _known(cls, data)
 
     @property
     def key(self) -> str:
@@ -81,8 +82,8 @@ class Timing:
     """Raw samples of one timing mode."""
 
     mode: str
-    """`cold`: L2 flushed before each call; `warm`: not flushed; `graph`: replay of a CUDA graph;
-    `cpu`: host clock.
+    """`cold`: L2 flushed before each call; `graph`: the same with a replay of a CUDA graph; `cpu`:
+    host clock.
     """
     seconds: tuple[float, ...]
     """One sample a call, in the order taken."""
@@ -166,17 +167,23 @@ class Record:
             case=Case.from_json(data["case"]),
             status=data["status"],
             reason=data.get("reason", ""),
-            time=Timing(**{**time, "seconds": tuple(time["seconds"])}) if time else None,
-            stages=tuple(StageTime(**s) for s in data.get("stages", ())),
-            kernels=tuple(KernelTime(**k) for k in data.get("kernels", ())),
+            time=_known(Timing, {**time, "seconds": tuple(time["seconds"])}) if time else None,
+            stages=tuple(_known(StageTime, s) for s in data.get("stages", ())),
+            kernels=tuple(_known(KernelTime, k) for k in data.get("kernels", ())),
             cost=data.get("cost", {}),
-            memory=MemoryUse(**memory) if memory else None,
+            memory=_known(MemoryUse, memory) if memory else None,
             gate=data.get("gate", {}),
             phases=data.get("phases", {}),
             flags=tuple(data.get("flags", ())),
             reproduce=data.get("reproduce", ""),
             extra={k: v for k, v in data.items() if k not in known},
         )
+
+
+def _known(kind: type[T], data: Mapping[str, Any]) -> T:
+    """A dataclass from those items that it has fields for; a newer version may write more."""
+    names = {f.name for f in dataclasses.fields(cast(Any, kind))}
+    return kind(**{name: value for name, value in data.items() if name in names})
 
 
 def _plain(value: Any) -> Any:

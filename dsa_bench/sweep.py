@@ -329,8 +329,8 @@ def _points(
         )
 
 
-def reproduce(case: Case, *, device: str) -> str:
-    """The command that runs this one case again on such a device."""
+def reproduce(case: Case, *, device: str, effort: str = "quick") -> str:
+    """The command that runs this one case again on such a device, with the same effort."""
     if isinstance(case.impl, str):
         impl = case.impl
     else:
@@ -349,4 +349,6 @@ def reproduce(case: Case, *, device: str) -> str:
         "seed": str(case.seed) if case.seed else None,
     }
     flags = [f"{FLAGS[key]} {value}" for key, value in values.items() if value is not None]
+    if effort != "quick":
+        flags.append(f"--effort {effort}")
     return " ".join(("dsa-bench run", *flags, f"--device {device}"))

@@ -187,6 +187,8 @@ def check_arguments(
             raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
     if page_size & (page_size - 1) or page_size < 16:
         raise ValueError(f"page_size must be a power of two of 16 or more, got {page_size}")
+    if heads & (heads - 1) or heads < 8:
+        raise ValueError(f"index_heads must be a power of two of 8 or more, got {heads}")
 
 
 def run(inputs: PagedIndexerInputs) -> PagedIndexerOutputs:

@@ -152,29 +152,29 @@ def verdict(c: Crossover) -> str:
     last, times = format_length(c.last_length), format_ratio(c.last_speedup)
     dense = f"dense attention ({c.dense})"
     only = f"at L = {last}, the only L compared"
-    faster = f"{times} faster" if c.last_speedup > 1 else f"at {times} the speed of dense"
+    fast = f"{times} as fast" if c.last_speedup > 1 else f"at {times} the speed of dense"
     match c.outcome:
         case "no dense":
             return "has no dense attention of the same shapes beside it"
         case "one length" if c.last_speedup > 1:
-            return f"beats {dense} {only}: {times} faster"
+            return f"beats {dense} {only}: {times} as fast"
         case "one length":
             return f"does not beat {dense} {only}: {times} its speed"
         case "crosses":
             start = format_length(c.seq_len_kv or 0)
-            return f"beats {dense} from L = {start} and is {faster} at {last}"
+            return f"beats {dense} from L = {start} and is {fast} at {last}"
         case "always":
             span = f"{format_length(c.first_length)} to {last}"
-            return f"beats {dense} at every L compared ({span}) and is {faster} at {last}"
+            return f"beats {dense} at every L compared ({span}) and is {fast} at {last}"
         case _:
-            return f"does not beat {dense} up to L = {last}, where it runs {faster}"
+            return f"does not beat {dense} up to L = {last}, where it runs {fast}"
 
 
 def _clause(phase: str, c: Crossover | None, before: Crossover | None, rows: pd.DataFrame) -> str:
     """What one phase gave; short where it only repeats the opponents of the phase before."""
     if c is not None and before is not None and _same_opponents(before, c):
         start, last = format_length(c.seq_len_kv or 0), format_length(c.last_length)
-        return f"{where(c)} from L = {start}, {format_ratio(c.last_speedup)} faster at {last}"
+        return f"{where(c)} from L = {start}, {format_ratio(c.last_speedup)} as fast at {last}"
     if c is not None:
         return f"{where(c)} DSA ({describe(c)}) {verdict(c)}"
     ended = rows[(rows["phase"] == phase) & (rows["op"] == "dsa")]

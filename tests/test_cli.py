@@ -88,6 +88,19 @@ def test_run_json_prints_the_records_alone(call: Call, tmp_path: Path) -> None:
     assert Record.from_json(json.loads(line)) == read_run(tmp_path / "r").records[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [((), "--device cpu"), (("--effort", "standard"), "--effort standard --device cpu")],
+)
+def test_a_record_is_reproduced_with_its_effort(
+    call: Call, tmp_path: Path, words: Sequence[str], end: str
+) -> None:
+    assert call("run", *ONE, *words, "-o", "r")[0] == 0
+    (record,) = read_run(tmp_path / "r").records
+    assert record.reproduce.endswith(end)
+    assert ("--effort" in record.reproduce) == bool(words)
+
+
 def test_run_names_its_folder_after_time_and_machine(call: Call, tmp_path: Path) -> None:
     assert call("run", *ONE)[0] == 0
     (folder,) = (tmp_path / "results").iterdir()
@@ -217,6 +230,12 @@ def test_profile_asks_for_traces_of_a_few_cases(call: Call, tmp_path: Path) -> N
         (("run", "--timeout", "0"), "Invalid value for '--timeout'"),
         (("run", "--resume", "gone"), "gone doesn't exist (give the folder"),
         (("run", "--resume", "gone", "-L", "4k"), "--resume takes its cases from the folder"),
+        (("run", "--resume", "gone", "--effort", "quick"), "--resume takes --effort from the"),
+        (("run", "--resume", "gone", "--device", "cpu"), "--resume takes --device from the"),
+        (
+            ("run", "--resume", "gone", "--gpu-hour-usd", "3"),
+            "--resume takes --gpu-hour-usd from the folder (leave --gpu-hour-usd out)",
+        ),
         (("report", "gone"), "gone doesn't exist (give the folder"),
         (("report",), "Missing argument 'RUN...'"),
         (("rnu",), "No such command 'rnu'"),
@@ -287,6 +306,8 @@ def test_environment_variables_stand_for_options(
     monkeypatch.setenv("DSA_BENCH_GPU_HOUR_USD", "3.5")
     assert call("run", *ONE, "-o", "r")[0] == 0
     assert read_run(tmp_path / "r").header["options"]["gpu_hour_usd"] == 3.5
+    # a variable that stays set is no wish to change the run
+    assert call("run", "--resume", "r")[0] == 0
 
 
 def test_reproduce_is_read_as_the_same_case(call: Call) -> None:

@@ -87,3 +87,34 @@ def test_arguments_are_checked():
     inputs = make("prefill", 4, 9, 2)
     with pytest.raises(ValueError, match=r"v must be bfloat16 \[seq_len_kv=9, num_heads=2"):
         kernels.prefill(inputs.q, inputs.k, inputs.v[:8], sm_scale=1.0)
+
+
+def test_arguments_of_another_rank_are_refused_in_a_sentence():
+    inputs = make("decode", 1, 9, 16)
+    with pytest.raises(ValueError, match=r"q must be bfloat16 \[batch_size, seq_len_q"):
+        kernels.decode(inputs.q[0], inputs.kv, sm_scale=1.0)
+    inputs = make("prefill", 4, 9, 2)
+    with pytest.raises(ValueError, match=r"q must be bfloat16 \[seq_len_q, num_heads"):
+        kernels.prefill(inputs.q[0], inputs.k, inputs.v, sm_scale=1.0)
+    with pytest.raises(ValueError, match=r"k must be bfloat16 \[seq_len_kv, num_heads=2"):
+        kernels.prefill(inputs.q, inputs.k.sum().bfloat16(), inputs.v, sm_scale=1.0)
+
+
+def test_more_queries_than_keys_are_refused():
+    inputs = make("decode", 2, 9, 16)
+    with pytest.raises(ValueError, match=r"seq_len_q 2 must be at most seq_len_kv 1$"):
+        kernels.decode(inputs.q, inputs.kv[:, :1], sm_scale=1.0)
+    inputs = make("prefill", 4, 9, 2)
+    with pytest.raises(ValueError, match=r"seq_len_q 4 must be at most seq_len_kv 3$"):
+        kernels.prefill(inputs.q, inputs.k[:3], inputs.v[:3], sm_scale=1.0)
+
+
+def test_no_queries_give_empty_outputs():
+    inputs = make("decode", 1, 9, 16, batch_size=2)
+    out, lse = kernels.decode(inputs.q[:, :0], inputs.kv, sm_scale=1.0)
+    assert (out.shape, lse.shape) == ((2, 0, 16, 512), (2, 0, 16))
+    out, lse = kernels.decode(inputs.q[:0], inputs.kv[:0], sm_scale=1.0)
+    assert (out.shape, lse.shape) == ((0, 1, 16, 512), (0, 1, 16))
+    inputs = make("prefill", 4, 9, 2)
+    out, lse = kernels.prefill(inputs.q[:0], inputs.k, inputs.v, sm_scale=1.0)
+    assert (out.shape, lse.shape) == ((0, 2, 128), (0, 2))

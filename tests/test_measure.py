@@ -1,5 +1,6 @@
 """Stopping rule, meters and memory; clocks and CUDA are fakes."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -257,6 +258,22 @@ def gpu() -> Machine:
     from dsa_bench.machine import detect
 
     return detect("cuda")
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_failed_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capture(*_: object) -> list[Any]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(measure, "_graph_rotation", capture)
+    machine = Machine(device="cuda", name="fake")
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        measure.measure(
+            fake_operator.good, [], mode="graph", effort=EFFORTS["quick"], machine=machine
+        )
 
 
 def gpu_sets(num_rows: int = 2**18) -> list[FakeInputs]:

@@ -205,6 +205,14 @@ def test_triton_refuses(name, change, kind, sentence):
         paged_indexer_triton.run(replace(inputs, **{name: change(getattr(inputs, name))}))
 
 
+@pytest.mark.parametrize("heads", [4, 12])
+def test_triton_refuses_odd_head_counts(heads):
+    shape = shape_of(1, 40, index_heads=heads, page_size=16)
+    inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
+    with pytest.raises(ValueError, match=f"index_heads must be a power of two .* got {heads}$"):
+        paged_indexer_triton.run(inputs)
+
+
 @pytest.mark.parametrize(
     ("machine", "shape", "sentence"),
     [

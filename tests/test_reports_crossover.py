@@ -59,14 +59,14 @@ def digest_of(sparse: dict[int, float], dense: dict[int, float], **fields: objec
             {4096: 1.0, 8192: 4.0, 16384: 8.0},
             "crosses",
             "in prefill DSA (k=2048, bf16) beats dense attention (flash_attn_3, bf16) from "
-            "L = 5.7K and is 4.00× faster at 16K.",  # noqa: RUF001
+            "L = 5.7K and is 4.00× as fast at 16K.",  # noqa: RUF001
         ),
         (
             {4096: 1.0, 8192: 1.0},
             {4096: 2.0, 8192: 3.0},
             "always",
             "beats dense attention (flash_attn_3, bf16) at every L compared (4K to 8K) and is "
-            "3.00× faster at 8K.",  # noqa: RUF001
+            "3.00× as fast at 8K.",  # noqa: RUF001
         ),
         (
             {4096: 4.0, 8192: 4.0},
@@ -118,8 +118,8 @@ def test_interval_holds_the_crossover() -> None:
 def test_headline_prefers_the_k_of_the_model_and_the_largest_batch() -> None:
     assert digest([h100_run()]).headlines == (
         "On NVIDIA H100 80GB HBM3, in prefill DSA (k=2048, fp8) beats dense attention "
-        "(flash_attn_3, bf16) from L = 11.9K and is 4.45× faster at 128K; in decode at batch 128 "  # noqa: RUF001
-        "from L = 5.1K, 5.85× faster at 128K.",  # noqa: RUF001
+        "(flash_attn_3, bf16) from L = 11.9K and is 4.45× as fast at 128K; in decode at batch 128 "  # noqa: RUF001
+        "from L = 5.1K, 5.85× as fast at 128K.",  # noqa: RUF001
     )
 
 

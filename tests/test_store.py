@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsa_bench.operator import UsageError
-from dsa_bench.record import Case, Record
+from dsa_bench.record import Case, KernelTime, MemoryUse, Record, StageTime, Timing
 from dsa_bench.store import create_run, open_writer, read_run
 
 HEADER = {"started": "2026-01-01T00:00:00+00:00", "argv": ["run"]}
@@ -151,3 +151,31 @@ def test_bad_lines_name_file_and_line(folder: Path, line: str, message: str) -> 
     (folder / "records.jsonl").write_text(f"{good}\n{line}\n{good}\n")
     with pytest.raises(UsageError, match=message):
         read_run(folder)
+
+
+def test_fields_of_a_newer_version_are_read_over() -> None:
+    written = Record(
+        case=record(1).case,
+        status="ok",
+        time=Timing(mode="cold", seconds=(1.0, 2.0), stop="settled"),
+        stages=(
+            StageTime(
+                name="topk",
+                impl="triton",
+                seconds=1.0,
+                flops=2.0,
+                bytes_read=3.0,
+                bytes_written=4.0,
+            ),
+        ),
+        kernels=(KernelTime(name="k", stage="topk", calls=1.0, seconds=1.0),),
+        memory=MemoryUse(
+            peak_bytes=9, input_bytes=1, output_bytes=2, workspace_bytes=6, predicted_bytes=9
+        ),
+    )
+    data = json.loads(json.dumps(written.to_json()))
+    for part in (data["case"], data["time"], data["memory"], *data["stages"], *data["kernels"]):
+        part["joules"] = 5
+    assert Record.from_json(data) == written
+    top = Record.from_json(data | {"joules": 5})
+    assert top.extra == {"joules": 5} and top.to_json()["joules"] == 5

@@ -121,6 +121,7 @@ def root(
 
 @app.command()
 def run(
+    context: typer.Context,
     sweep: SweepName = None,
     phase: Phase = None,
     seq_len_kv: Lengths = None,
@@ -159,6 +160,7 @@ def run(
     if resume is not None:
         if request.overrides or sweep or output:
             raise UsageError("--resume takes its cases from the folder (leave the selection out)")
+        _refuse_given(context, "effort", "device", "gpu_hour_usd")
         ready = job.prepare_resume(resume, timeout=timeout)
     else:
         ready = job.prepare(request, is_dry=plan)
@@ -330,6 +332,15 @@ def _request(verb: str, given: Mapping[str, Any]) -> "Request":
         timeout=given["timeout"],
         **rest,
     )
+
+
+def _refuse_given(context: typer.Context, *names: str) -> None:
+    """UsageError for an option that the run was begun with; an environment variable may stand."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume takes {flag} from the folder (leave {flag} out)")
 
 
 def _execute(ready: "Job", *, as_json: bool, no_progress: bool) -> "tuple[Run, bool]":
