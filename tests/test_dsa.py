@@ -1,6 +1,7 @@
 """The whole: composition, the check of a selection, and the best implementations on a GPU."""
 
 import dataclasses
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,29 @@ def test_chunks_of_queries_give_what_one_chunk_gives(workspace_bytes):
     expected, actual = OPERATOR.reference(whole), OPERATOR.reference(chunked)
     assert torch.equal(actual.topk_indices, expected.topk_indices)
     torch.testing.assert_close(actual.out, expected.out)
+
+
+def test_only_one_chunk_of_logits_is_alive_at_a_time():
+    inputs = make_inputs(prefill_shape(workspace_bytes=1))
+    stages = dsa.reference_stages("prefill")
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def score(part):
+        assert all(logits() is None for logits in made)
+        outputs = indexer.reference(part)
+        made.append(weakref.ref(outputs.index_logits))
+        return outputs
+
+    def attend(part):
+        assert all(logits() is None for logits in made)
+        return stages["sparse_prefill"].run(part)
+
+    watched = {
+        "indexer": replace(stages["indexer"], run=score),
+        "sparse_prefill": replace(stages["sparse_prefill"], run=attend),
+    }
+    dsa.run_prefill(inputs, stages | watched)
+    assert len(made) == 6
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
