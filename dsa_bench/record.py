@@ -13,6 +13,9 @@ SCHEMA = "dsa-bench/record@1"
 RUN_SCHEMA = "dsa-bench/run@1"
 
 PHASES = ("prefill", "decode")
+MODES = ("cold", "warm", "graph", "sustained", "cpu")
+AUTO_MODE = "auto"
+"""The mode of the phase: decode `graph`, prefill `cold`; on a CPU `cpu`."""
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
 
 
@@ -51,6 +54,8 @@ class Case:
     num_heads: int = 128
     preset: str = "v3.2"
     seed: int = 0
+    mode: str = AUTO_MODE
+    """How it is timed: one of MODES, or `auto`."""
 
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
@@ -64,8 +69,15 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Hash of the case; equal for equal cases, whatever the order of the fields."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """Hash of the case; equal for equal cases, whatever the order of the fields.
+
+        A field that came later counts only where it is not at its default, so that a case keeps its
+        key for ever.
+        """
+        fields = self.to_json()
+        if self.mode == AUTO_MODE:
+            del fields["mode"]
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -78,17 +90,55 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Telemetry:
+    """What NVML told while a case was timed, some ten times a second."""
+
+    seconds: tuple[float, ...] = ()
+    """When each reading was taken, since the first; the other series have one value for each."""
+    sm_clock_mhz: tuple[float, ...] = ()
+    power_w: tuple[float, ...] = ()
+    temperature_c: tuple[float, ...] = ()
+    sm_clock_max_mhz: float | None = None
+    throttle_reasons: int = 0
+    """Every bit of NVML's clocks-event reasons that was set at some reading."""
+    neighbours: int = 0
+    """Processes of others that computed on the GPU."""
+    energy_joules: float | None = None
+    """Drawn by the whole card while `energy_calls` calls ran back to back; `sustained` alone."""
+    energy_calls: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
     """Raw samples of one timing mode."""
 
     mode: str
-    """`cold`: L2 flushed before each call; `graph`: the same with a replay of a CUDA graph; `cpu`:
-    host clock.
+    """`cold`: L2 flushed before each call; `warm`: not flushed; `graph`: `cold` with a replay of a
+    CUDA graph; `sustained`: calls back to back for two seconds and more; `cpu`: host clock.
     """
     seconds: tuple[float, ...]
-    """One sample a call, in the order taken."""
+    """One sample a call, in the order taken; in `sustained` a sample is the mean of several."""
     stop: str
     """Why sampling ended: `settled`, `max_samples`, `max_seconds`."""
+    blocks: tuple[int, ...] = ()
+    """Samples of each visit; between two visits the competitors of the case were timed."""
+    beside: tuple[str, ...] = ()
+    """Keys of these competitors."""
+    overtaken: tuple[int, ...] = ()
+    """Samples (from 0) at which the GPU may have waited for the host."""
+    input_sets: int = 1
+    """Sample i of a visit ran on set i % input_sets, each in storage of its own."""
+    calls_per_sample: int = 1
+    warmup_calls: int = 0
+    event_overhead_seconds: float = 0.0
+    """What two events with nothing between them show; not subtracted."""
+    spin_seconds: float = 0.0
+    """Longest spin by which the host was kept ahead."""
+    flush_bytes: int = 0
+    """Written and read before each call."""
+    hidden_seconds: float = 0.0
+    """Median time that the device worked on behind the end of the call."""
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +182,8 @@ class Record:
     case: Case
     status: str
     reason: str = ""
+    replicate: int = 0
+    """Which repeat in a fresh process, from 0."""
     time: Timing | None = None
     stages: tuple[StageTime, ...] = ()
     kernels: tuple[KernelTime, ...] = ()
@@ -145,7 +197,13 @@ class Record:
     measure, …
     """
     flags: tuple[str, ...] = ()
-    """Named reasons for doubt."""
+    """Named reasons for doubt: see doubt.FLAGS."""
+    lost_workers: int = 0
+    """Workers that died or were killed over this case."""
+    log: tuple[str, ...] = ()
+    """The last lines that a lost worker wrote."""
+    ended: float = 0.0
+    """Unix time of its ending."""
     reproduce: str = ""
     """The command for this one case."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -167,7 +225,8 @@ class Record:
             case=Case.from_json(data["case"]),
             status=data["status"],
             reason=data.get("reason", ""),
-            time=_known(Timing, {**time, "seconds": tuple(time["seconds"])}) if time else None,
+            replicate=data.get("replicate", 0),
+            time=_timing(time) if time else None,
             stages=tuple(_known(StageTime, s) for s in data.get("stages", ())),
             kernels=tuple(_known(KernelTime, k) for k in data.get("kernels", ())),
             cost=data.get("cost", {}),
@@ -175,6 +234,9 @@ class Record:
             gate=data.get("gate", {}),
             phases=data.get("phases", {}),
             flags=tuple(data.get("flags", ())),
+            lost_workers=data.get("lost_workers", 0),
+            log=tuple(data.get("log", ())),
+            ended=data.get("ended", 0.0),
             reproduce=data.get("reproduce", ""),
             extra={k: v for k, v in data.items() if k not in known},
         )
@@ -184,6 +246,16 @@ def _known(kind: type[T], data: Mapping[str, Any]) -> T:
     """A dataclass from those items that it has fields for; a newer version may write more."""
     names = {f.name for f in dataclasses.fields(cast(Any, kind))}
     return kind(**{name: value for name, value in data.items() if name in names})
+
+
+def _timing(data: Mapping[str, Any]) -> Timing:
+    telemetry = data.get("telemetry")
+    made = _known(Telemetry, _tuples(telemetry)) if telemetry else None
+    return _known(Timing, {**_tuples(data), "telemetry": made})
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
 
 
 def _plain(value: Any) -> Any:
