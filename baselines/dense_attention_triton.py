@@ -176,8 +176,9 @@ def _dense_decode_kernel(
         acc_right = tl.dot(weights, kv_right, acc_right * rescale[:, None])
 
     # a part before the diagonal may hold no key that an early query sees
-    share = tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-    lse_log2 = tl.where(row_sum > 0, row_max + tl.log2(row_sum), -float("inf"))
+    # == 0 and not > 0: a sum of NaN stays one
+    share = tl.where(row_sum == 0, 0.0, 1.0 / row_sum)[:, None]
+    lse_log2 = tl.where(row_sum == 0, -float("inf"), row_max + tl.log2(row_sum))
     place = (split * tl.num_programs(1) + batch).to(tl.int64) * num_rows + offs_row
     valid = offs_row < num_rows
     base = place[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]

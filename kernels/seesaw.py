@@ -504,7 +504,8 @@ def _store_output(result, acc, row_max, row_sum, staging, FIRST: gl.constexpr):
         offs_h = result.first_head + gl.arange(0, BLOCK_H, ROW)
         sink = gl.load(result.sink_ptr + offs_h, mask=offs_h < result.num_heads, other=0.0)
         denominator = row_sum + gl.exp2(sink * LOG2_E - row_max)
-    factor = gl.where(row_sum > 0, 1.0 / denominator, 0.0)
+    # == 0 and not > 0, here and below: NaN of a key must show
+    factor = gl.where(row_sum == 0, 0.0, 1.0 / denominator)
     acc = acc * gl.convert_layout(factor, OUT_ROW)[:, None]
     if result.IS_PARTIAL:
         _store_rows(result, acc, OUTPUT, FIRST)
@@ -534,10 +535,11 @@ def _store_statistics(result, row_max, row_sum):
     offs_row = result.first_row + offs_h
     log2_sum = row_max + gl.log2(row_sum)
     if result.IS_PARTIAL:
-        lse = gl.where(row_sum > 0, log2_sum, -float("inf"))
+        lse = gl.where(row_sum == 0, -float("inf"), log2_sum)
     else:
-        lse = gl.where(row_sum > 0, log2_sum * LN_2, float("inf"))
+        lse = gl.where(row_sum == 0, float("inf"), log2_sum * LN_2)
     gl.store(result.lse_ptr + offs_row, lse, mask=exists)
     if result.HAS_MAX:
-        max_logits = gl.where(row_sum > 0, row_max * LN_2, -float("inf"))
+        # log2 of no sum is -inf, of NaN it is NaN
+        max_logits = gl.where(row_sum > 0, row_max * LN_2, log2_sum)
         gl.store(result.max_ptr + offs_row, max_logits, mask=exists)

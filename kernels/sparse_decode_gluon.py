@@ -218,7 +218,8 @@ def _sparse_decode_kernel(
     first_head = (gl.program_id(0) % head_tiles) * 64
     length = topk
     if HAS_LENS:
-        length = gl.minimum(gl.load(lens_ptr + row), topk)
+        # not below 0: the begin of a split is taken off
+        length = gl.maximum(gl.minimum(gl.load(lens_ptr + row), topk), 0)
     begin = gl.program_id(1) * (NUM_PAIRS * 128)
     keys = KeyList(
         slots_ptr + row * stride_slots_row + begin, length - begin, num_slots, NUM_PAIRS, IS_RAGGED

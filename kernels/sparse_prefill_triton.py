@@ -70,7 +70,8 @@ def _sparse_prefill_kernel(
     out_ptr += first_row * WIDTH
     store_columns(out_ptr, offs_h, acc_left, factor, is_head, WIDTH)
     store_columns(out_ptr + HALF_V, offs_h, acc_right, factor, is_head, WIDTH)
-    max_logits = tl.where(row_sum == 0, -float("inf"), row_max * LN_2)
+    # log2 of no sum is -inf, of NaN it is NaN
+    max_logits = tl.where(row_sum > 0, row_max * LN_2, tl.log2(row_sum))
     tl.store(max_ptr + first_row + offs_h, max_logits, mask=is_head)
     tl.store(lse_ptr + first_row + offs_h, natural_sum(row_max, row_sum), mask=is_head)
 

@@ -257,7 +257,8 @@ def _topk_kernel(
     zeros = gl.zeros([8192], gl.int32, SINGLES)
     row = gl.program_id(0)
     start = gl.maximum(gl.load(kv_start_ptr + row), 0)
-    end = gl.minimum(gl.load(kv_end_ptr + row), num_cols)
+    # not below 0: the start is taken off
+    end = gl.maximum(gl.minimum(gl.load(kv_end_ptr + row), num_cols), 0)
     length = gl.maximum(end - start, 0)
     # from here positions count from `base`, so that vectors of 4 stay aligned; the range is
     # [first, limit)

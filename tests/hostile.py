@@ -22,7 +22,8 @@ from dsa_bench.kernels.paging import HEAD_DIM_V, unpack_mla_rows
 from dsa_bench.operator import Implementation
 
 NAN, INF = float("nan"), float("inf")
-INVALID_INDICES = (-(2**31), -123456, -1, 2147480000, 2**31 - 1)
+LEAST = -(2**31)
+INVALID_INDICES = (LEAST, -123456, -1, 2147480000, 2**31 - 1)
 SHORT = {
     "batch_size": "b", "seq_len_q": "q", "seq_len_kv": "kv", "topk": "k", "num_heads": "h",
     "index_heads": "h", "page_size": "p", "num_rows": "rows", "num_cols": "cols",
@@ -93,6 +94,7 @@ def sparse_prefill_wild(inputs: Any) -> Any:
     rows, topk = indices.shape
     lens = _ints(-1, topk + 2, (rows,), device, 5)
     lens[1 % rows], lens[2 % rows], lens[4 % rows] = topk, topk + 9, 0
+    lens[5:6] = LEAST
     kv[~_is_listed(indices, lens, kv.shape[0])] = NAN
     return dataclasses.replace(
         inputs, kv=kv, topk_indices=indices, topk_lens=lens,
@@ -135,12 +137,25 @@ def sparse_decode_wild(inputs: Any) -> Any:
     lens = _ints(-1, topk + 2, (batch_size * seq_len_q,), device, 6)
     rows = len(lens)
     lens[1 % rows], lens[2 % rows], lens[4 % rows] = topk, topk + 9, 0
+    lens[5:6] = LEAST
     unread = ~_is_listed(indices, lens, rows_of_cache.shape[0])
     rows_of_cache[unread] = 0xFF if cache.dtype == torch.uint8 else NAN
     return dataclasses.replace(
         inputs, kv_cache=cache, topk_slots=indices.view_as(slots),
         topk_lens=lens.view(batch_size, seq_len_q), attn_sink=_sink(inputs.q.shape[2], device),
     )  # fmt: skip
+
+
+def nan_in_query(query: int, inputs: Any) -> Any:
+    """NaN in a key of sparse_prefill or sparse_decode that this query lists, and no other."""
+    names = ("topk_indices", "kv") if hasattr(inputs, "kv") else ("topk_slots", "kv_cache")
+    listed, rows = (getattr(inputs, name).clone() for name in names)
+    by_query, keys = listed.view(-1, listed.shape[-1]), rows.view(-1, rows.shape[-1])
+    wrong = by_query[query, 3 % listed.shape[-1]].clone()
+    is_other = torch.arange(len(by_query), device=listed.device) != query
+    by_query[is_other[:, None] & (by_query == wrong)] = -1
+    _fill_nan(keys, wrong.long()[None])
+    return dataclasses.replace(inputs, **dict(zip(names, (listed, rows), strict=True)))
 
 
 def _fill_nan(rows: Tensor, where: Tensor) -> None:
@@ -234,7 +249,8 @@ def topk_rows(kind: str) -> Mutation:
         (rows, cols), device, topk = logits.shape, logits.device, inputs.topk
         start = _ints(0, cols // 2, (rows,), device, 10)
         end = _ints(cols // 3, cols + 1, (rows,), device, 11)
-        edges = ((0, cols), (10, 10), (0, topk), (3, min(cols, topk + 4)), (9, 2), (1, cols - 1))
+        most = min(cols, topk + 4)
+        edges = ((0, cols), (10, 10), (0, topk), (3, most), (9, LEAST), (1, cols - 1))
         for i, (first, last) in enumerate(edges[:rows]):
             start[i], end[i] = first, last
         return dataclasses.replace(inputs, index_logits=logits, kv_start=start, kv_end=end)
@@ -260,6 +276,16 @@ def assert_right(operator: str, inputs: Any, outputs: Any, rows: Tensor | None =
     """Every check of the operator passes; a failing one shows its figures."""
     for check in registry.operator(operator).check(inputs, outputs, rows=rows):
         assert check.passed, check
+
+
+def assert_nan_shows(operator: str, inputs: Any, outputs: Any) -> None:
+    """NaN exactly where the reference has it, in every output; rows without any are right."""
+    wanted = registry.operator(operator).reference(inputs)
+    for output, expected in zip(outputs, wanted, strict=True):
+        assert torch.equal(output.isnan(), expected.isnan())
+    has_nan = wanted.lse.isnan().flatten(1).any(1)
+    assert has_nan.any()
+    assert_right(operator, inputs, outputs, rows=(~has_nan).nonzero().flatten())
 
 
 @contextmanager

@@ -40,6 +40,18 @@ def test_combine_matches_torch(num_splits, has_sink):
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_of_a_split_shows(num_splits):
+    partial_out, partial_lse = torch.ones(num_splits, 2, 1, 512), torch.zeros(num_splits, 2, 1)
+    partial_out[-1, 1], partial_lse[-1, 1] = float("nan"), float("nan")
+    out, lse = torch.empty(2, 1, 512).bfloat16(), torch.empty(2, 1)
+    combine_splits(partial_out, partial_lse, num_splits, None, out, lse)
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
+    assert (out[0] == 1).all()
+
+
 def test_the_number_of_splits_is_checked():
     out, lse = torch.empty(1, 1, 512).bfloat16(), torch.empty(1, 1)
     with pytest.raises(ValueError, match="num_splits must be 1 … 64, got 65"):

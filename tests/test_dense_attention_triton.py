@@ -60,6 +60,20 @@ def test_keys_of_the_next_sequence_do_not_leak():
     assert all(check.passed for check in OPERATOR.check(inputs, outputs, rows=rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_of_a_key_shows(num_splits):
+    """A part of the keys that gives NaN must not be taken for one without a key."""
+    inputs = make("decode", 1, 200, 16, batch_size=2)
+    inputs.kv[1, 150] = float("nan")
+    config = kernels.DecodeConfig(num_splits=num_splits)
+    outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
+    assert outputs.out[1].isnan().all()
+    assert outputs.lse[1].isnan().all()
+    assert all(check.passed for check in OPERATOR.check(inputs, outputs, rows=torch.tensor([0])))
+
+
 def test_run_takes_both_forms():
     for inputs in (make("prefill", 5, 9, 1), make("decode", 1, 9, 16)):
         assert_right(inputs, kernels.run(inputs))

@@ -141,6 +141,43 @@ def test_gluon_emulated_in_splits(precision, mutate):
     hostile.assert_right("sparse_decode", *emulate(7, shape, mutate, num_sms=132))
 
 
+def nan_in_one_query(inputs):
+    """Of query 1; query 2 has no key at all."""
+    inputs = hostile.nan_in_query(1, inputs)
+    inputs.topk_slots[1, 0] = -1
+    return inputs
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gluon_emulated_nan_of_a_listed_row_shows(precision):
+    outputs = emulate(8, decode_shape(2, 2, 257, 16, precision), nan_in_one_query)
+    hostile.assert_nan_shows("sparse_decode", *outputs)
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gluon_emulated_nan_shows_in_splits(precision):
+    """The split with NaN must not be taken for one without a key."""
+    shape = decode_shape(2, 2, 385, 16, precision)
+    assert sparse_decode_gluon.choose_config(4, 16, 385, 132, precision).num_splits == 4
+    hostile.assert_nan_shows("sparse_decode", *emulate(9, shape, nan_in_one_query, num_sms=132))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gluon_emulated_splits_behind_the_length_are_empty(precision):
+    def shorten(inputs):
+        lens = torch.tensor([[-(2**31), 1], [129, 2**31 - 1]], dtype=torch.int32)
+        return replace(inputs, topk_lens=lens)
+
+    shape = decode_shape(2, 2, 385, 16, precision)
+    inputs, outputs = emulate(10, shape, shorten, num_sms=132)
+    hostile.assert_right("sparse_decode", inputs, outputs)
+    assert not outputs.out[0, 0].any()
+    assert (outputs.lse[0, 0] == hostile.INF).all()
+
+
 INTERPRETED = [
     (0, decode_shape(1, 1, 1, 3, "fp8"), hostile.plain),
     (1, decode_shape(3, 2, 130, 20, "fp8", page_size=17), hostile.sparse_decode_wild),
@@ -186,6 +223,17 @@ SHAPES = [
 @pytest.mark.parametrize(("name", "shape", "mutate"), hostile.cases("sparse_decode", SHAPES))
 def test_sparse_decode_matches_reference(name, shape, mutate):
     hostile.assert_implementation("sparse_decode", name, shape, mutate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [3, 160], ids=["split", "whole"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", hostile.names("sparse_decode"))
+def test_sparse_decode_nan_of_a_listed_row_shows(name, precision, batch_size):
+    shape = _decode(batch_size, 4096, precision)
+    implementation = hostile.runnable("sparse_decode", name, shape)
+    inputs = hostile.nan_in_query(1, OPERATOR.make_inputs(shape, seed=4, device="cuda"))
+    hostile.assert_nan_shows("sparse_decode", inputs, implementation.run(inputs))
 
 
 @pytest.mark.gpu

@@ -73,14 +73,14 @@ def test_splits_behind_the_length_are_empty(monkeypatch):
     assert (outputs.lse[2, 0] == hostile.INF).all()
 
 
-def test_nan_of_a_listed_row_shows():
-    inputs = make(batch_size=1, topk=20)
-    slot = int(inputs.topk_slots[0, 0, 3])
-    inputs.kv_cache.flatten(0, 1)[slot] = 0xFF
-    inputs.topk_slots[0, 1] = -1
-    outputs = kernels.run(inputs)
-    assert outputs.out[0, 0].isnan().all()
-    assert not outputs.out[0, 1].any()
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_nan_of_a_listed_row_shows(precision, num_splits, monkeypatch):
+    split_in(monkeypatch, num_splits)
+    inputs = hostile.nan_in_query(1, make(precision))
+    inputs.topk_slots[0, 0] = -1
+    hostile.assert_nan_shows("sparse_decode", inputs, kernels.run(inputs))
 
 
 def test_no_queries_or_entries():

@@ -96,6 +96,15 @@ def test_gluon_emulated(seed, queries, topk, heads, mutate):
     hostile.assert_right("sparse_prefill", inputs, outputs)
 
 
+def test_gluon_emulated_nan_of_a_listed_row_shows():
+    shape = SparsePrefillShape(seq_len_q=3, seq_len_kv=310, topk=257, num_heads=16)
+    inputs = hostile.nan_in_query(1, OPERATOR.make_inputs(shape, seed=8, device="cpu"))
+    inputs.topk_indices[2] = -1
+    with emulated_gluon(seed=8) as emulated, hostile.poisoned_outputs():
+        outputs = emulated.load("dsa_bench.kernels.sparse_prefill_gluon").run(inputs)
+    hostile.assert_nan_shows("sparse_prefill", inputs, outputs)
+
+
 def test_gluon_emulated_peaked_is_as_exact_as_bf16():
     shape = SparsePrefillShape(seq_len_q=1, seq_len_kv=300, topk=256, num_heads=64)
     inputs = hostile.peaked(OPERATOR.make_inputs(shape, seed=7, device="cpu"))
@@ -145,6 +154,14 @@ SHAPES = [
 @pytest.mark.parametrize(("name", "shape", "mutate"), hostile.cases("sparse_prefill", SHAPES))
 def test_sparse_prefill_matches_reference(name, shape, mutate):
     hostile.assert_implementation("sparse_prefill", name, shape, mutate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", hostile.names("sparse_prefill"))
+def test_sparse_prefill_nan_of_a_listed_row_shows(name):
+    implementation = hostile.runnable("sparse_prefill", name, SHAPES[1])
+    inputs = hostile.nan_in_query(7, OPERATOR.make_inputs(SHAPES[1], seed=4, device="cuda"))
+    hostile.assert_nan_shows("sparse_prefill", inputs, implementation.run(inputs))
 
 
 @pytest.mark.gpu

@@ -76,13 +76,9 @@ def test_a_length_ends_the_list():
 
 
 def test_nan_of_a_listed_row_shows():
-    inputs = make(seq_len_q=2)
-    inputs.kv[inputs.topk_indices[0, 3].long()] = hostile.NAN
-    inputs.topk_indices[1] = -1
-    outputs = kernels.run(inputs)
-    assert outputs.out[0].isnan().all()
-    assert outputs.lse[0].isnan().all()
-    assert not outputs.out[1].any()
+    inputs = hostile.nan_in_query(1, make())
+    inputs.topk_indices[0] = -1
+    hostile.assert_nan_shows("sparse_prefill", inputs, kernels.run(inputs))
 
 
 def test_no_heads_or_queries():

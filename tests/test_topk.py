@@ -130,6 +130,8 @@ WRONG = {
     "outside-of-the-row": _set(0, 2**31 - 1),
     "padding-not-minus-one": lambda x: torch.where(x < 0, 0, x),
     "padding-first": lambda x: x.flip(1),
+    "one-column-short": lambda x: x[:, :-1],
+    "one-row-short": lambda x: x[:-1],
 }
 
 
@@ -247,9 +249,9 @@ def test_gluon_emulated_looks_at_nothing_outside_the_range():
 
 
 def test_gluon_emulated_clamps_the_range():
-    inputs = OPERATOR.make_inputs(full(3, 700, 300), seed=6, device="cpu")
-    start = torch.tensor([-5, -(2**31), 650], dtype=torch.int32)
-    end = torch.tensor([701, 2**31 - 1, 9999], dtype=torch.int32)
+    inputs = OPERATOR.make_inputs(full(5, 700, 300), seed=6, device="cpu")
+    start = torch.tensor([-5, -(2**31), 650, 7, 2**31 - 1], dtype=torch.int32)
+    end = torch.tensor([701, 2**31 - 1, 9999, -(2**31), -(2**31)], dtype=torch.int32)
     wild = replace(inputs, kv_start=start, kv_end=end)
     hostile.assert_right("topk", wild, emulate(wild, 7))
 

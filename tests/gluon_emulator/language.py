@@ -117,7 +117,7 @@ def _argument(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_argument, value))
     if isinstance(value, int) and not isinstance(value, bool):
-        return torch.tensor(value)
+        return _int32(value) if abs(value) < 2**31 else torch.tensor(value)
     return torch.tensor(value) if isinstance(value, float) else value
 
 
@@ -218,12 +218,19 @@ def _full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> T
     return torch.full(list(shape), number).to(torch_type)
 
 
+def _int32(value: Any) -> Tensor:
+    """As wide as on the device, so that what overflows there overflows here."""
+    return torch.tensor(value, dtype=torch.int32)
+
+
 def _language(inline_asm: Callable[..., Any]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "constexpr": constexpr,
         "tensor": Tensor,
         "shared_memory_descriptor": SharedTile,
-        "arange": lambda start, end, layout=None: torch.arange(int(start), int(end)),
+        "arange": lambda start, end, layout=None: torch.arange(
+            int(start), int(end), dtype=torch.int32
+        ),
         "full": _full,
         "zeros": lambda shape, dtype, layout=None: _full(shape, 0, dtype),
         "full_like": lambda x, value, **_: torch.full_like(x, value),
@@ -232,8 +239,8 @@ def _language(inline_asm: Callable[..., Any]) -> dict[str, Any]:
         "cast": convert,
         "load": memory.load,
         "store": memory.store,
-        "program_id": lambda axis: torch.tensor(current.program.position[axis]),
-        "num_programs": lambda axis: torch.tensor(current.program.grid[axis]),
+        "program_id": lambda axis: _int32(current.program.position[axis]),
+        "num_programs": lambda axis: _int32(current.program.grid[axis]),
         "num_warps": lambda: current.num_warps,
         "num_ctas": lambda: 1,
         "where": where,
