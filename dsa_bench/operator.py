@@ -123,3 +123,5 @@ class Operator:
     """(inputs, outputs, *, rows=None) -> figures that no verdict rests on: the error of DSA against
     dense attention.
     """
+    finite: tuple[str, ...] = ()
+    """Outputs that have no NaN and no infinity in any row, those that nobody compares included."""

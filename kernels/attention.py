@@ -8,12 +8,12 @@ Natural logarithm, scale included. A query without a valid key: out 0, max_logit
 Source: FlashMLA tests/ref.py (semantics and tolerances).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Tolerance
+from dsa_bench.accuracy import Check, Tolerance, compare_logs_to_budget, compare_to_budget
 
 LOG2_E = 1.4426950408889634
 REFERENCE_CHUNK_ELEMENTS = 2**22
@@ -26,7 +26,7 @@ DECODE_LSE_TOLERANCE = Tolerance(abs=1e-6, rel=8.01 / 65536, cos=1e-7)
 
 
 class AttentionRow(NamedTuple):
-    """[rows, num_heads, head_dim_v] fp32 and two of [rows, num_heads] fp32."""
+    """[rows, num_heads, head_dim_v] and two of [rows, num_heads] fp32."""
 
     out: Tensor
     max_logits: Tensor
@@ -57,6 +57,46 @@ def attend(
     if attn_sink is not None:
         out = out * torch.sigmoid(lse - attn_sink).masked_fill(empty, 0.0).unsqueeze(-1)
     return AttentionRow(out, max_logits, lse.masked_fill(empty, float("inf")))
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, valid: Tensor, sm_scale: float, head_dim_v: int, attn_sink: Tensor | None
+) -> AttentionRow:
+    """What plain torch makes of `attend` in bf16: logits, weights and output are each rounded.
+
+    Its error is the budget of a kernel, so it shares no line with `attend`. lse is the fp32
+    logarithm of the rounded logits; `out` is bf16.
+    """
+    q, k = q.bfloat16(), k.bfloat16().masked_fill(~valid[..., None], 0)
+    hidden = ~valid[:, None, :]
+    logits = torch.matmul(q, k.mT).mul(sm_scale).masked_fill(hidden, float("-inf"))
+    weights = logits.softmax(-1).nan_to_num(nan=0.0)
+    out = torch.matmul(weights, k[..., :head_dim_v])
+    num_valid = valid.sum(-1)[:, None]
+    lse = logits.float().logsumexp(-1)
+    if attn_sink is not None:
+        total = torch.logaddexp(lse, attn_sink.expand_as(lse))
+        share = torch.where(lse == total, 1.0, (lse - total).exp())
+        out = out * share.bfloat16()[..., None]
+    largest = logits.float().max(-1).values if k.shape[1] else lse
+    return AttentionRow(out, largest, lse.where(num_valid > 0, float("inf")))
+
+
+def budget_checks(
+    actual: Any, expected: Any, plain: Any, *, lse_floor: float = 0.0
+) -> tuple[Check, ...]:
+    """`<name>_budget` of each output, the same field of all three; where actual has None, none.
+
+    `lse_floor` is an error of lse that is allowed whatever plain's is.
+    """
+    checks = [compare_to_budget("out_budget", actual.out, expected.out, plain.out)]
+    for name in actual._fields:
+        if name != "out" and getattr(actual, name) is not None:
+            tensors = (getattr(outputs, name) for outputs in (actual, expected, plain))
+            checks.append(
+                compare_logs_to_budget(f"{name}_budget", *tensors, absolute_floor=lse_floor)
+            )
+    return tuple(checks)
 
 
 def row_chunk(num_keys: int, num_heads: int, width: int) -> int:

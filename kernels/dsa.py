@@ -41,6 +41,7 @@ from dsa_bench.kernels.attention import (
     DECODE_LSE_TOLERANCE,
     DECODE_OUT_TOLERANCE,
     attend,
+    budget_checks,
 )
 from dsa_bench.kernels.dsa_inputs import (
     DsaDecodeInputs,
@@ -237,17 +238,22 @@ def check(
         inputs, outputs = inputs.select(rows), DsaOutputs(*(x[rows] for x in outputs))
     if isinstance(inputs, DsaPrefillInputs):
         logits = indexer.reference(inputs.indexer_inputs(slice(None))).index_logits
-        attended: Attended = sparse_prefill.reference(inputs.attention_inputs(outputs.topk_indices))
+        attention_inputs = inputs.attention_inputs(outputs.topk_indices)
+        attended: Attended = sparse_prefill.reference(attention_inputs)
+        plain: Attended = sparse_prefill.plain(attention_inputs)
     else:
         logits = paged_indexer.reference(inputs.indexer_inputs()).index_logits.flatten(0, 1)
         slots = page_slots.reference(
             page_slots.PageSlotsInputs(outputs.topk_indices, inputs.block_table, inputs.page_size)
         ).topk_slots
-        attended = sparse_decode.reference(inputs.attention_inputs(slots))
+        decode_inputs = inputs.attention_inputs(slots)
+        attended, plain = (f(decode_inputs) for f in (sparse_decode.reference, sparse_decode.plain))
+    actual = sparse_decode.SparseDecodeOutputs(outputs.out, outputs.lse)
     return (
         check_selection(logits, outputs.topk_indices.flatten(0, -2)),
         compare_tensors("out", outputs.out, attended.out, DECODE_OUT_TOLERANCE),
         compare_tensors("lse", outputs.lse, attended.lse, DECODE_LSE_TOLERANCE),
+        *budget_checks(actual, attended, plain),
     )
 
 
@@ -375,4 +381,5 @@ OPERATOR = Operator(
     compose=compose,
     stage_shapes=DsaShape.stage_shapes,
     figures=figures,
+    finite=("out",),
 )

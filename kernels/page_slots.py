@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Check
+from dsa_bench.accuracy import Check, shape_differs
 from dsa_bench.kernels.paging import make_block_table
 from dsa_bench.kernels.sparse_prefill import random_indices
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
@@ -85,6 +85,8 @@ def check(
     """Equality, element by element."""
     expected = reference(inputs, rows=rows).topk_slots
     actual = outputs.topk_slots if rows is None else outputs.topk_slots[rows]
+    if actual.shape != expected.shape:
+        return (shape_differs("topk_slots"),)
     wrong = float((actual != expected).sum().item())
     return (
         Check(

@@ -21,14 +21,20 @@ against num_pages.
 Source: DeepGEMM `fp8_paged_mqa_logits` with 2-D context_lens and clean_logits=False.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Check, compare_tensors
-from dsa_bench.kernels.indexer import logits_tolerance, make_index_vectors, weighted_relu_scores
+from dsa_bench.accuracy import Check, compare_tensors, compare_to_budget
+from dsa_bench.kernels.indexer import (
+    logits_tolerance,
+    make_index_vectors,
+    weighted_relu_scores,
+    weighted_relu_scores_plain,
+)
 from dsa_bench.kernels.paging import (
     index_row_bytes,
     make_block_table,
@@ -130,6 +136,19 @@ def decode_lens(
 
 def reference(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> PagedIndexerOutputs:
     """The formula in fp32, one sequence at a time; -inf at and beyond seq_lens."""
+    return _score_sequences(inputs, rows, weighted_relu_scores)
+
+
+def plain(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> PagedIndexerOutputs:
+    """The formula in bf16: the measure of a kernel's error."""
+    return _score_sequences(inputs, rows, weighted_relu_scores_plain)
+
+
+def _score_sequences(
+    inputs: PagedIndexerInputs,
+    rows: Tensor | None,
+    score_keys: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> PagedIndexerOutputs:
     batch = range(inputs.index_q.shape[0]) if rows is None else rows.tolist()
     width = inputs.block_table.shape[1] * inputs.page_size
     out = torch.full(
@@ -141,7 +160,7 @@ def reference(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> Page
         pages = inputs.block_table[b, : -(-longest // inputs.page_size)].long()
         values, scale = unpack_index_pages(inputs.index_cache[pages], inputs.page_size)
         k = values.flatten(0, 1)[:longest]
-        scores = weighted_relu_scores(inputs.index_q[b], k, inputs.index_weights[b])
+        scores = score_keys(inputs.index_q[b], k, inputs.index_weights[b])
         out[i, :, :longest] = scores * scale.flatten()[:longest]
         out[i].masked_fill_(columns >= inputs.seq_lens[b, :, None], float("-inf"))
     return PagedIndexerOutputs(out)
@@ -150,12 +169,16 @@ def reference(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> Page
 def check(
     inputs: PagedIndexerInputs, outputs: PagedIndexerOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Compare the columns below seq_lens with the reference."""
+    """The columns below seq_lens against the reference: a tolerance, twice the error of `plain`."""
     expected = reference(inputs, rows=rows).index_logits
     actual, lens = (x if rows is None else x[rows] for x in (outputs.index_logits, inputs.seq_lens))
     mask = torch.arange(expected.shape[-1], device=expected.device) < lens.unsqueeze(-1)
     tolerance = logits_tolerance(expected, mask)
-    return (compare_tensors("index_logits", actual, expected, tolerance, mask=mask),)
+    low = plain(inputs, rows=rows).index_logits
+    return (
+        compare_tensors("index_logits", actual, expected, tolerance, mask=mask),
+        compare_to_budget("index_logits_budget", actual, expected, low, mask=mask),
+    )
 
 
 def cost(shape: PagedIndexerShape) -> Cost:

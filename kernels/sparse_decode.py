@@ -23,6 +23,7 @@ Source: FlashMLA `flash_mla_with_kvcache` with is_fp8_kvcache and indices. Diffe
 invalid there, a larger slot is a wild read; lse is [batch, heads, seq_len_q] there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +35,10 @@ from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.attention import (
     DECODE_LSE_TOLERANCE,
     DECODE_OUT_TOLERANCE,
+    AttentionRow,
     attend,
+    attend_plain,
+    budget_checks,
     row_chunk,
 )
 from dsa_bench.kernels.paged_indexer import expect_new_tokens
@@ -125,6 +129,17 @@ def make_inputs(
 
 def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> SparseDecodeOutputs:
     """`attend` over the gathered and dequantised cache rows, in fp32 and in chunks of queries."""
+    return _attend_rows(inputs, rows, attend)
+
+
+def plain(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> SparseDecodeOutputs:
+    """The same in bf16, over the same dequantised rows: the measure of a kernel's error."""
+    return _attend_rows(inputs, rows, attend_plain)
+
+
+def _attend_rows(
+    inputs: SparseDecodeInputs, rows: Tensor | None, attend_keys: Callable[..., AttentionRow]
+) -> SparseDecodeOutputs:
     q, slots = (x if rows is None else x[rows] for x in (inputs.q, inputs.topk_slots))
     lens = inputs.topk_lens if inputs.topk_lens is None or rows is None else inputs.topk_lens[rows]
     batch_size, seq_len_q = q.shape[:2]
@@ -137,7 +152,9 @@ def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> Spar
     every = torch.arange(q.shape[0], device=q.device)
     for part in every.split(row_chunk(slots.shape[1], q.shape[1], q.shape[2])):
         k = unpack_mla_rows(cache[torch.where(valid[part], slots[part], 0)])
-        parts.append(attend(q[part], k, valid[part], inputs.sm_scale, HEAD_DIM_V, inputs.attn_sink))
+        parts.append(
+            attend_keys(q[part], k, valid[part], inputs.sm_scale, HEAD_DIM_V, inputs.attn_sink)
+        )
     out = torch.cat([part.out for part in parts]).unflatten(0, (batch_size, seq_len_q))
     lse = torch.cat([part.lse for part in parts]).unflatten(0, (batch_size, seq_len_q))
     return SparseDecodeOutputs(out, lse)
@@ -146,12 +163,13 @@ def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> Spar
 def check(
     inputs: SparseDecodeInputs, outputs: SparseDecodeOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Both outputs against the fp32 reference, within FlashMLA's tolerances for decode."""
+    """Both outputs against the fp32 reference: FlashMLA's tolerances, twice `plain`'s error."""
     expected = reference(inputs, rows=rows)
     actual = outputs if rows is None else SparseDecodeOutputs(*(x[rows] for x in outputs))
     return (
         compare_tensors("out", actual.out, expected.out, DECODE_OUT_TOLERANCE),
         compare_tensors("lse", actual.lse, expected.lse, DECODE_LSE_TOLERANCE),
+        *budget_checks(actual, expected, plain(inputs, rows=rows)),
     )
 
 
@@ -200,12 +218,19 @@ def check_arguments(
 
 
 def cost(shape: SparseDecodeShape) -> Cost:
-    """2 · num_heads · (576 + 512) FLOP a selected row; it is read by each query; out, lse once."""
+    """2 · num_heads · (576 + 512) FLOP a selected row; distinct rows are read once, as is the rest.
+
+    The seq_len_q = q queries of a sequence of L tokens select k rows each. Where they do so
+    independently, L · (1 - (1 - k/L)^q) rows are distinct on average; with q = 1 these are k.
+    """
     heads = shape.queries * shape.num_heads
     entries = shape.queries * shape.topk
+    unread = (1.0 - shape.topk / shape.seq_len_kv) ** shape.seq_len_q
+    rows = shape.batch_size * shape.seq_len_kv * (1.0 - unread)
+    row_bytes = rows * mla_row_bytes(shape.precision)
     return Cost(
         flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * entries,
-        bytes_read=2.0 * heads * HEAD_DIM_QK + entries * (mla_row_bytes(shape.precision) + 4.0),
+        bytes_read=2.0 * heads * HEAD_DIM_QK + row_bytes + 4.0 * entries,
         bytes_written=heads * (2.0 * HEAD_DIM_V + 4.0),
     )
 
@@ -249,4 +274,5 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.batch_size,
+    finite=("out",),
 )

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Check
+from dsa_bench.accuracy import Check, shape_differs
 from dsa_bench.kernels.indexer import causal_range
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
@@ -99,6 +99,9 @@ def check(
 ) -> tuple[Check, ...]:
     """Selected values equal the k largest as a multiset; columns are unique and valid, -1 last."""
     actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
+    num_rows = inputs.kv_start.shape[0] if rows is None else len(rows)
+    if actual.shape != (num_rows, inputs.topk):
+        return (shape_differs("topk_indices"),)
     logits, inside = valid_logits(inputs, rows)
     num_valid = inside.sum(1).clamp(max=inputs.topk)
     used = torch.arange(inputs.topk, device=actual.device) < num_valid[:, None]

@@ -131,7 +131,7 @@ def test_check_passes_the_reference_and_fails_a_mask_aligned_to_the_first_key():
     assert all(check.passed for check in OPERATOR.check(inputs, right))
     early = dataclasses.replace(inputs, k=inputs.k[:8], v=inputs.v[:8])
     wrong = OPERATOR.reference(early)
-    assert [check.passed for check in OPERATOR.check(inputs, wrong)] == [False, False]
+    assert not any(check.passed for check in OPERATOR.check(inputs, wrong))
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -139,19 +139,48 @@ def test_check_fails_a_mask_that_is_off_by_one(shift):
     inputs = OPERATOR.make_inputs(prefill_shape(8, 24), seed=7, device="cpu")
     visible = torch.arange(17, 25) + shift
     part = dense_attention._attend(inputs.q, inputs.k, inputs.v, visible, inputs.sm_scale)
-    out, lse = OPERATOR.check(inputs, DenseOutputs(part.out, part.lse))
-    assert not out.passed
-    assert not lse.passed
+    checks = OPERATOR.check(inputs, DenseOutputs(part.out, part.lse))
+    assert [check.name for check in checks] == ["out", "lse", "out_budget", "lse_budget"]
+    assert not any(check.passed for check in checks)
+
+
+@pytest.mark.parametrize(
+    "shape", [prefill_shape(9, 400), decode_shape(3, 2, 400)], ids=["prefill", "decode"]
+)
+def test_one_dropped_key_of_many_breaks_the_budget_of_lse_alone(shape):
+    inputs = OPERATOR.make_inputs(shape, seed=12, device="cpu")
+    right = sdpa.run_cpu(inputs)
+    assert all(check.passed for check in OPERATOR.check(inputs, right))
+    # as if one key of 5000 were missing
+    short = DenseOutputs(right.out, right.lse - 2e-4)
+    passed = {check.name: check.passed for check in OPERATOR.check(inputs, short)}
+    assert passed == {"out": True, "lse": True, "out_budget": True, "lse_budget": False}
+
+
+@pytest.mark.parametrize(
+    "shape", [prefill_shape(9, 30), decode_shape(4, 2, 30)], ids=["prefill", "decode"]
+)
+def test_plain_in_small_chunks(shape, monkeypatch):
+    inputs = sharp(OPERATOR.make_inputs(shape, seed=4, device="cpu"))
+    whole, exact = dense_attention.plain(inputs), OPERATOR.reference(inputs)
+    assert whole.out.dtype == torch.bfloat16
+    assert 1e-3 < (whole.out.float() - exact.out).norm() / exact.out.norm() < 2e-2
+    rows = torch.tensor([3, 0, 2])
+    monkeypatch.setattr(dense_attention, "REFERENCE_CHUNK_ELEMENTS", 1)
+    some = dense_attention.plain(inputs, rows=rows)
+    torch.testing.assert_close(some.out, whole.out[rows], rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(some.lse, whole.lse[rows], rtol=1e-3, atol=1e-3)
 
 
 def test_check_leaves_lse_out_only_where_there_is_none():
     inputs = OPERATOR.make_inputs(decode_shape(2, 1, 9), seed=8, device="cpu")
     out, lse = OPERATOR.reference(inputs)
-    assert [c.name for c in OPERATOR.check(inputs, DenseOutputs(out, None))] == ["out"]
+    names = [check.name for check in OPERATOR.check(inputs, DenseOutputs(out, None))]
+    assert names == ["out", "out_budget"]
     rows = torch.tensor([1])
-    out_check, lse_check = OPERATOR.check(inputs, DenseOutputs(out, lse + 0.01), rows=rows)
-    assert out_check.passed
-    assert not lse_check.passed
+    checks = OPERATOR.check(inputs, DenseOutputs(out, lse + 0.01), rows=rows)
+    passed = {check.name: check.passed for check in checks}
+    assert passed == {"out": True, "out_budget": True, "lse": False, "lse_budget": False}
 
 
 def test_cost_counted_by_hand():

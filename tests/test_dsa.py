@@ -239,6 +239,22 @@ def test_check_fails(name):
     assert not hostile.passes(OPERATOR.check(inputs, WRONG[name](inputs, right)))
 
 
+@pytest.mark.parametrize("shape", [prefill_shape(), decode_shape()], ids=lambda shape: shape.phase)
+def test_check_holds_attention_against_the_budget_of_its_own_selection(shape):
+    inputs = make_inputs(shape)
+    right = in_bf16(OPERATOR.reference(inputs))
+    names = [check.name for check in OPERATOR.check(inputs, right)]
+    assert names == ["topk_indices", "out", "lse", "out_budget", "lse_budget"]
+    swapped = right._replace(out=right.out.flip(-2))
+    passed = {check.name: check.passed for check in OPERATOR.check(inputs, swapped)}
+    assert passed["topk_indices"]
+    assert not passed["out_budget"]
+    longer = right._replace(lse=right.lse + 0.5)
+    passed = {check.name: check.passed for check in OPERATOR.check(inputs, longer)}
+    assert passed["out_budget"]
+    assert not passed["lse_budget"]
+
+
 def test_check_fails_where_later_keys_fill_the_tail():
     """Every query lists all keys; attention has no mask of its own, so `out` agrees with that."""
     inputs = make_inputs(prefill_shape(seq_len_q=8, seq_len_kv=8))

@@ -133,6 +133,36 @@ def test_check_fails(name):
     assert not hostile.passes(OPERATOR.check(inputs, IndexerOutputs(wrong)))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_budget_sees_a_row_that_the_tolerance_lets_through(precision):
+    inputs = OPERATOR.make_inputs(shape_of(16, 1000, precision), seed=4, device="cpu")
+    right = OPERATOR.reference(inputs).index_logits
+    # fp8 products that keep 13 bits are off by this much
+    noise = torch.randn(right.shape, generator=torch.Generator().manual_seed(5)) * 2e-4 + 1
+    assert hostile.passes(OPERATOR.check(inputs, IndexerOutputs(right * noise)))
+    right[right.nan_to_num(neginf=0.0).norm(dim=1).argmax()] *= 1.0075
+    fixed, budget = OPERATOR.check(inputs, IndexerOutputs(right))
+    assert fixed.passed
+    assert not budget.passed
+    assert budget.figures["worst_vector"] == pytest.approx(0.0075, rel=1e-3)
+
+
+def test_plain_rounds_everything_but_quantised_values(monkeypatch):
+    inputs = hostile.indexer_ragged(small())
+    exact, plain = OPERATOR.reference(inputs).index_logits, indexer.plain(inputs).index_logits
+    seen = exact.isfinite()
+    error = (plain - exact)[seen].norm() / exact[seen].norm()
+    assert 5e-4 < error < 1e-2
+    rows = torch.tensor([4, 0])
+    monkeypatch.setattr(indexer, "REFERENCE_CHUNK_ELEMENTS", 1)
+    some = indexer.plain(inputs, rows=rows).index_logits
+    torch.testing.assert_close(some[seen[rows]], plain[rows][seen[rows]], rtol=2e-2, atol=1e-3)
+    whole = replace(inputs, index_weights=torch.ones_like(inputs.index_weights))
+    one = replace(whole, index_q=whole.index_q[:, :1], index_weights=whole.index_weights[:, :1])
+    exact, plain = OPERATOR.reference(one).index_logits, indexer.plain(one).index_logits
+    assert ((plain - exact).abs() <= exact.abs() / 256)[seen].all()  # one head: one rounding
+
+
 def test_check_ignores_columns_outside_of_the_range():
     inputs = hostile.indexer_ragged(small())
     right = OPERATOR.reference(inputs).index_logits

@@ -60,6 +60,8 @@ WRONG = {
     "sequences-swapped": lambda inputs, right: right.flip(0),
     "one-off": lambda inputs, right: right + (torch.arange(12) == 11),
     "padding-unmarked": lambda inputs, right: right.clamp(min=0),
+    "one-column-short": lambda inputs, right: right[..., :-1],
+    "one-sequence-for-all": lambda inputs, right: right[:1],
 }
 
 

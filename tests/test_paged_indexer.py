@@ -134,6 +134,19 @@ def test_check_fails(name):
     assert not hostile.passes(OPERATOR.check(inputs, PagedIndexerOutputs(wrong)))
 
 
+def test_the_budget_sees_a_query_that_the_tolerance_lets_through():
+    shape = PagedIndexerShape(batch_size=8, seq_len_kv=200, seq_len_q=2)
+    inputs = OPERATOR.make_inputs(shape, seed=4, device="cpu")
+    right = OPERATOR.reference(inputs).index_logits
+    assert hostile.passes(OPERATOR.check(inputs, PagedIndexerOutputs(right)))
+    right[3, 1] *= 1.0075
+    fixed, budget = OPERATOR.check(inputs, PagedIndexerOutputs(right))
+    assert fixed.passed
+    assert not budget.passed
+    some = OPERATOR.check(inputs, PagedIndexerOutputs(right), rows=torch.tensor([0, 5]))
+    assert hostile.passes(some)
+
+
 def test_check_ignores_columns_behind_the_length():
     inputs = hostile.paged_indexer_ragged(small())
     right = OPERATOR.reference(inputs).index_logits

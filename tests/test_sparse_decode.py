@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsa_bench.kernels import attention
+from dsa_bench.kernels import attention, sparse_decode
 from dsa_bench.kernels.paging import pack_mla_rows, unpack_mla_rows
 from dsa_bench.kernels.sparse_decode import (
     OPERATOR,
@@ -159,6 +159,26 @@ def test_check_fails(name):
     assert not hostile.passes(OPERATOR.check(inputs, WRONG[name](inputs, right)))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_budget_sees_a_head_that_the_tolerances_let_through(precision):
+    inputs = small(precision, seq_len_q=3, topk=40)
+    right = OPERATOR.reference(inputs)
+    right = right._replace(out=right.out.bfloat16())
+    assert hostile.passes(OPERATOR.check(inputs, right))
+    right.out[1, 2, 0] *= 1.01
+    passed = {check.name: check.passed for check in OPERATOR.check(inputs, right)}
+    assert passed == {"out": True, "lse": True, "out_budget": False, "lse_budget": True}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_plain_reads_the_same_rows_of_the_cache(precision):
+    inputs = hostile.sparse_decode_wild(small(precision))
+    exact, plain = OPERATOR.reference(inputs), sparse_decode.plain(inputs)
+    assert torch.equal(plain.lse.isinf(), exact.lse.isinf())
+    # without the 2 % that the cache's fp8 would add
+    assert 1e-3 < (plain.out.float() - exact.out).norm() / exact.out.norm() < 8e-3
+
+
 def test_check_of_rows_looks_at_those_alone():
     inputs = small()
     right = OPERATOR.reference(inputs)
@@ -175,8 +195,25 @@ def test_cost_counted_by_hand(precision, row_bytes):
     )
     cost = OPERATOR.cost(shape)
     assert cost.flops == 2 * 5 * (576 + 512) * 4 * 6
-    assert cost.bytes_read == 6 * 5 * 576 * 2 + 6 * 4 * (row_bytes + 4)
+    # of 9 rows a query leaves 5 out, three independent ones 9 · (5/9)³
+    distinct = 2 * (9 - 125 / 81)
+    expected = 6 * 5 * 576 * 2 + distinct * row_bytes + 6 * 4 * 4
+    assert cost.bytes_read == pytest.approx(expected, rel=1e-12)
     assert cost.bytes_written == 6 * 5 * (512 * 2 + 4)
+
+
+def test_one_query_reads_the_rows_that_it_selects():
+    cost = OPERATOR.cost(SparseDecodeShape(batch_size=3, seq_len_kv=9, topk=4, num_heads=5))
+    expected = 3 * (5 * 576 * 2 + 4 * (656 + 4))
+    assert cost.bytes_read == pytest.approx(expected, rel=1e-12)
+
+
+def test_distinct_rows_are_as_many_as_random_queries_select():
+    shape = SparseDecodeShape(batch_size=40, seq_len_kv=64, topk=16, seq_len_q=3, num_heads=1)
+    slots = OPERATOR.make_inputs(shape, seed=0, device="cpu").topk_slots
+    counted = sum(len(set(sequence.flatten().tolist())) for sequence in slots)
+    read = OPERATOR.cost(shape).bytes_read - 40 * 3 * (576 * 2 + 16 * 4)
+    assert counted == pytest.approx(read / 656, rel=0.03)
 
 
 def test_flops_a_token_of_v32():
