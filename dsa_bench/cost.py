@@ -3,26 +3,44 @@
 from collections.abc import Mapping
 
 SECONDS_PER_HOUR = 3600.0
-BYTES_CEILING = "copy_bytes_per_second"
-FLOPS_CEILING = "{precision}_flops_per_second"
+COPY_CEILING = "copy_bytes_per_second"
+L2_CEILING = "l2_bytes_per_second"
+FLOPS_SUFFIX = "_flops_per_second"
+SUSTAINED_PREFIX = "sustained_"
+CACHED_MODES = ("warm", "sustained")
+"""Modes in which the inputs of a call may lie in L2 since the one before."""
 
 
 def floor_seconds(
-    cost: Mapping[str, float], ceilings: Mapping[str, float], precision: str = "bf16"
+    cost: Mapping[str, float],
+    ceilings: Mapping[str, float],
+    precision: str = "bf16",
+    mode: str = "cold",
 ) -> float | None:
     """max(flops / matmul rate, (bytes_read + bytes_written) / copy rate); None without ceilings.
 
-    `cost` has the keys of `Record.cost`; `ceilings` those of `machine.measure_ceilings`. The matmul
-    rate is that of `precision` where it was measured, else the highest there is, so that the floor
-    stays one.
+    `cost` has the keys of `Record.cost`; `ceilings` those of `ceilings.measure_ceilings`, of which
+    the burst rates count. So that the floor stays one, the matmul rate is that of `precision`
+    where it was measured, else the highest there is; and in the modes `warm` and `sustained` bytes
+    go at the rate of L2, or at once where that was not measured.
     """
-    bandwidth = ceilings.get(BYTES_CEILING)
-    rates = [v for k, v in ceilings.items() if k.endswith("_flops_per_second")]
-    rate = ceilings.get(FLOPS_CEILING.format(precision=precision)) or max(rates, default=0.0)
-    if not bandwidth or not rate:
+    copy_rate = ceilings.get(COPY_CEILING)
+    rate = ceilings.get(precision + FLOPS_SUFFIX) or max(_burst_flops(ceilings), default=0.0)
+    if not copy_rate or not rate:
         return None
+    bandwidth = copy_rate
+    if mode in CACHED_MODES:
+        bandwidth = max(copy_rate, ceilings.get(L2_CEILING) or float("inf"))
     moved = cost["bytes_read"] + cost["bytes_written"]
     return max(cost["flops"] / rate, moved / bandwidth)
+
+
+def _burst_flops(ceilings: Mapping[str, float]) -> list[float]:
+    return [
+        rate
+        for name, rate in ceilings.items()
+        if name.endswith(FLOPS_SUFFIX) and not name.startswith(SUSTAINED_PREFIX)
+    ]
 
 
 def usd_per_million_tokens(

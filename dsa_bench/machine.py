@@ -1,20 +1,17 @@
-"""The machine a case runs on: what is installed, its ceilings, what makes times noisy."""
+"""The machine a case runs on: what is installed, what makes times noisy."""
 
-import functools
 import importlib.metadata
-import itertools
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dsa_bench
+from dsa_bench.nvml import Gpu, answers, ask, count_neighbours, current_gpu, load_queries
 from dsa_bench.operator import Machine, UsageError
 
 LIBRARIES = (
@@ -33,12 +30,12 @@ LIBRARIES = (
     "nvidia-ml-py",
 )
 GIB = 2**30
-MIB = 2**20
-COPY_BYTES = {"cuda": GIB, "cpu": 128 * MIB}
-MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
-CEILING_SAMPLES = {"cuda": 20, "cpu": 5}
+UUID_DIGITS = 8
 IDLE_UTILISATION_PERCENT = 5
 BUSY_LOAD_SHARE = 0.25
+STEADY_CLOCK_SHARE = 0.75
+"""Of the highest clock: about what matrix products keep under the power limit."""
+CLOCK_STEP_MHZ = 15
 
 
 def detect(device: str) -> Machine:
@@ -107,54 +104,32 @@ def describe(machine: Machine) -> dict[str, Any]:
             "capability": list(machine.capability or ()),
             "num_sms": machine.num_sms,
             "l2_bytes": machine.l2_bytes,
+            # enough to tell two cards apart; the rest would name this one for ever
+            "uuid": str(torch.cuda.get_device_properties(0).uuid)[:UUID_DIGITS],
         }
-        with _nvml() as (nvml, handle):
-            if nvml is not None:
-                out |= _gpu_facts(nvml, handle)
+        gpu = current_gpu()
+        if gpu is not None:
+            out |= _gpu_facts(gpu)
     return out
 
 
-def _gpu_facts(nvml: Any, handle: Any) -> dict[str, Any]:
-    facts: dict[str, Callable[[], Any]] = {
-        "driver": nvml.nvmlSystemGetDriverVersion,
-        "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-        "sm_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM),
-    }
-    return _readable(nvml, facts)
-
-
-def _readable(nvml: Any, facts: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Values of the queries that this card and driver answer."""
-    out = {}
-    for name, query in facts.items():
-        try:
-            out[name] = query()
-        except nvml.NVMLError:
-            continue
-    return out
-
-
-@contextmanager
-def _nvml() -> Iterator[tuple[Any, Any]]:
-    """(pynvml, handle of torch's device 0), or (None, None) where NVML cannot be asked."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None, None
-        return
-    try:
-        pynvml.nvmlInit()
-        # by UUID, for CUDA_VISIBLE_DEVICES renumbers torch's devices and not NVML's
-        uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
-    except pynvml.NVMLError:
-        yield None, None
-        return
-    try:
-        yield pynvml, handle
-    finally:
-        pynvml.nvmlShutdown()
+def _gpu_facts(gpu: Gpu) -> dict[str, Any]:
+    nvml, handle = gpu.nvml, gpu.handle
+    return answers(
+        nvml,
+        {
+            "driver": nvml.nvmlSystemGetDriverVersion,
+            "vbios": lambda: nvml.nvmlDeviceGetVbiosVersion(handle),
+            "ecc": lambda: bool(nvml.nvmlDeviceGetCurrentEccMode(handle)),
+            "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]),
+            "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle)),
+            "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "sm_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(
+                handle, nvml.NVML_CLOCK_MEM
+            ),
+        },
+    )
 
 
 def versions() -> dict[str, str]:
@@ -191,8 +166,46 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def doctor_rows(machine: Machine) -> list[dict[str, str]]:
-    """Rows of `dsa-bench doctor`: `item`, `value`, and `hint` where a person should act."""
+def load_average() -> float:
+    """Programs that ran or wanted to, mean of the last minute."""
+    return os.getloadavg()[0]
+
+
+def busy_hint(machine: Machine, before: frozenset[int] = frozenset()) -> str:
+    """What other work will make times noisy now, as a sentence; empty on a quiet machine.
+
+    `before` is what `nvml.processes_before` gave when this process had no CUDA context yet.
+    """
+    if machine.device == "cpu":
+        load, cores = load_average(), len(os.sched_getaffinity(0))
+        if load > BUSY_LOAD_SHARE * cores:
+            return f"other programs use the CPU: load {load:.1f} on {cores} cores"
+        return ""
+    gpu = current_gpu()
+    if gpu is None:
+        return ""
+    others = count_neighbours(gpu, before)
+    if others:
+        return f"other processes hold the GPU: {others} (see nvidia-smi)"
+    used = _utilisation(gpu)
+    return f"the GPU is busy: {used} % used (wait until it is idle)" if _is_busy(used) else ""
+
+
+def _utilisation(gpu: Gpu) -> int:
+    """Percent of the time since the driver's last look at which a kernel ran."""
+    found = ask(gpu.nvml, lambda: gpu.nvml.nvmlDeviceGetUtilizationRates(gpu.handle).gpu)
+    return int(found or 0)
+
+
+def _is_busy(used: int) -> bool:
+    return used > IDLE_UTILISATION_PERCENT
+
+
+def doctor_rows(machine: Machine, before: frozenset[int] = frozenset()) -> list[dict[str, str]]:
+    """Rows of `dsa-bench doctor`: `item`, `value`, and `hint` where a person should act.
+
+    `before` as in `busy_hint`.
+    """
     rows = [_row("device", f"{machine.name} ({machine.device})")]
     rows += [_row(name, version) for name, version in versions().items()]
     rows += [_row(name, "not installed") for name in LIBRARIES if name not in versions()]
@@ -205,7 +218,7 @@ def doctor_rows(machine: Machine) -> list[dict[str, str]]:
         )
     )
     rows.append(_load_row())
-    return rows + (_gpu_rows() if machine.device == "cuda" else [])
+    return rows + (_gpu_rows(before) if machine.device == "cuda" else [])
 
 
 def _row(item: str, value: str, hint: str = "") -> dict[str, str]:
@@ -213,102 +226,50 @@ def _row(item: str, value: str, hint: str = "") -> dict[str, str]:
 
 
 def _load_row() -> dict[str, str]:
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cores = load_average(), len(os.sched_getaffinity(0))
     busy = load > BUSY_LOAD_SHARE * cores
     hint = "other programs use the CPU: times on the CPU will be noisy" if busy else ""
     return _row("cpu load", f"{load:.1f} on {cores} cores", hint)
 
 
-def _gpu_rows() -> list[dict[str, str]]:
-    with _nvml() as (nvml, handle):
-        if nvml is None:
-            hint = "clocks and neighbours cannot be read (pip install nvidia-ml-py)"
-            return [_row("nvml", "not available", hint)]
-        facts = _gpu_facts(nvml, handle) | _readable(nvml, _gpu_state(nvml, handle))
+def _gpu_rows(before: frozenset[int]) -> list[dict[str, str]]:
+    gpu = current_gpu()
+    if gpu is None:
+        hint = "clocks and neighbours cannot be read (pip install nvidia-ml-py)"
+        return [_row("nvml", "not available", hint)]
+    facts = _gpu_facts(gpu) | answers(gpu.nvml, load_queries(gpu))
     rows = [_row(name, str(value)) for name, value in facts.items() if name not in _JUDGED]
-    others = [pid for pid in facts.get("processes", ()) if pid != os.getpid()]
+    others, used = count_neighbours(gpu, before), _utilisation(gpu)
     hint = "their work shares the GPU: times will be noisy" if others else ""
-    rows.append(_row("other processes on the GPU", str(len(others)), hint))
-    used = facts.get("utilisation_percent", 0)
-    hint = "the GPU is busy: wait until it is idle" if used > IDLE_UTILISATION_PERCENT else ""
+    rows.append(_row("other processes on the GPU", str(others), hint))
+    hint = "the GPU is busy: wait until it is idle" if _is_busy(used) else ""
     rows.append(_row("utilisation", f"{used} %", hint))
     slow = facts.get("throttle_reasons", 0) & ~_HARMLESS_THROTTLE
     hint = "the clock is held down: let the GPU cool, or look at its power limit" if slow else ""
     rows.append(_row("clock held down", f"{slow:#x}" if slow else "no", hint))
+    return rows + _clock_rows(gpu, facts)
+
+
+def _clock_rows(gpu: Gpu, facts: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The commands that steady the clock; they need root, and so are left to a person."""
+    index = ask(gpu.nvml, lambda: gpu.nvml.nvmlDeviceGetIndex(gpu.handle)) or 0
+    command = f"sudo nvidia-smi -i {index}"
+    rows = []
+    if "persistence" in facts:
+        hint = f"the GPU goes to sleep between processes: {command} -pm 1"
+        on = facts["persistence"]
+        rows.append(_row("persistence", "on" if on else "off", "" if on else hint))
+    if "sm_clock_max_mhz" in facts:
+        clock = int(STEADY_CLOCK_SHARE * facts["sm_clock_max_mhz"]) // CLOCK_STEP_MHZ
+        steady = clock * CLOCK_STEP_MHZ
+        hint = (
+            f"for steadier times {command} -lgc {steady}, then dsa-bench doctor --measure"
+            f" (undo: {command} -rgc)"
+        )
+        rows.append(_row("clock", "free to change, unless you locked it", hint))
     return rows
 
 
-_JUDGED = ("processes", "utilisation_percent", "throttle_reasons")
+_JUDGED = ("throttle_reasons", "persistence")
 _HARMLESS_THROTTLE = 0x1 | 0x2
 """Idle, and clocks set by an application."""
-
-
-def _gpu_state(nvml: Any, handle: Any) -> dict[str, Callable[[], Any]]:
-    return {
-        "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-        "throttle_reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
-        "processes": lambda: [p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)],
-    }
-
-
-def measure_ceilings(machine: Machine) -> dict[str, float]:
-    """What a large copy and a large matrix product reach here: best of several, within two seconds.
-
-    `copy_bytes_per_second` counts bytes read and written. `bf16_flops_per_second` (and `fp8_…`
-    where the card has it) counts 2 for each multiply-add; a CPU has `fp32_flops_per_second`, the
-    precision of its references.
-    """
-    device = machine.device
-    source = torch.ones(COPY_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = _best_seconds(functools.partial(target.copy_, source), device)
-    out = {"copy_bytes_per_second": 2 * COPY_BYTES[device] / seconds}
-    for precision, product in _products(machine).items():
-        flops = 2 * MATMUL_SIZE[device] ** 3
-        out[f"{precision}_flops_per_second"] = flops / _best_seconds(product, device)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    return out
-
-
-def _products(machine: Machine) -> dict[str, Callable[[], Any]]:
-    size = MATMUL_SIZE[machine.device]
-    # random, for a product of zeros draws less power and runs faster
-    a = torch.randn(size, size, device=machine.device)
-    b = torch.randn(size, size, device=machine.device)
-    if machine.device == "cpu":
-        return {"fp32": lambda: a @ b}
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    products: dict[str, Callable[[], Any]] = {"bf16": lambda: a16 @ b16}
-    if machine.capability is not None and machine.capability >= (8, 9):
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-        one = torch.ones((), device=machine.device)
-        products["fp8"] = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)
-    return products
-
-
-def _best_seconds(call: Callable[[], Any], device: str) -> float:
-    """Least seconds of several calls after two for warm-up."""
-    for _ in range(2):
-        call()
-    if device == "cpu":
-        return min(_host_seconds(call) for _ in range(CEILING_SAMPLES[device]))
-    event: Any = torch.cuda.Event  # untyped in torch
-    marks = [event(enable_timing=True) for _ in range(CEILING_SAMPLES[device] + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    pairs = itertools.pairwise(marks)
-    return float(min(begin.elapsed_time(end) for begin, end in pairs)) / 1000
-
-
-def _host_seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin

@@ -25,7 +25,11 @@ class Probe:
 
     machine: Machine
     header: Mapping[str, Any]
-    """What `run.json` keeps: `machine`, `versions`, `git`, `ceilings`."""
+    """What `run.json` keeps: `machine`, `versions`, `git`, `load` (programs that ran, mean of the
+    minute before), `ceilings` and, where there are some, `ceilings_measured`.
+    """
+    busy: str = ""
+    """Other work that will make times noisy, as a sentence; see `machine.busy_hint`."""
 
 
 def probe(device: str, *, with_ceilings: bool) -> Probe:
@@ -42,29 +46,38 @@ def probe(device: str, *, with_ceilings: bool) -> Probe:
     answer = json.loads(done.stdout.splitlines()[-1])
     capability = answer["machine"]["capability"]
     answer["machine"]["capability"] = None if capability is None else tuple(capability)
-    return Probe(machine=Machine(**answer["machine"]), header=answer["header"])
+    return Probe(machine=Machine(**answer["machine"]), header=answer["header"], busy=answer["busy"])
 
 
 def main() -> int:
     """Answer on stdout."""
-    from dsa_bench import machine
+    from dsa_bench import ceilings, machine, nvml
 
     parser = argparse.ArgumentParser(prog="dsa_bench.probe")
     parser.add_argument("--device", required=True)
     parser.add_argument("--ceilings", action="store_true")
     wanted = parser.parse_args()
+    # before this process has a CUDA context or makes a load of its own
+    before, load = nvml.processes_before(), machine.load_average()
     try:
         found = machine.detect(wanted.device)
     except UsageError as error:
         print(error, file=sys.stderr)
         return USAGE
-    header = {
+    busy = machine.busy_hint(found, before)
+    header: dict[str, Any] = {
         "machine": machine.describe(found),
         "versions": machine.versions(),
         "git": machine.git_state(),
-        "ceilings": machine.measure_ceilings(found) if wanted.ceilings else {},
+        "load": load,
+        "ceilings": {},
     }
-    print(json.dumps({"machine": dataclasses.asdict(found), "header": header}))
+    if wanted.ceilings:
+        known = ceilings.known_ceilings(found)
+        if not known.measured:
+            known = ceilings.fresh_ceilings(found, busy=busy)
+        header |= {"ceilings": dict(known.rates), "ceilings_measured": known.measured}
+    print(json.dumps({"machine": dataclasses.asdict(found), "header": header, "busy": busy}))
     return 0
 
 

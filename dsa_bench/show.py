@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsa_bench.cost import SUSTAINED_PREFIX
 from dsa_bench.record import Case, KernelTime, Record, StageTime
 from dsa_bench.reports.units import (
     format_bandwidth,
@@ -231,22 +232,51 @@ def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
     )
 
 
-def diagnosis(device: str) -> dict[str, Any]:
-    """What `doctor` shows, as JSON."""
-    from dsa_bench import machine
+def diagnosis(device: str, *, measure: bool = False) -> dict[str, Any]:
+    """What `doctor` shows, as JSON; `measure` takes the ceilings anew."""
+    from dsa_bench import machine, nvml
+    from dsa_bench.ceilings import fresh_ceilings, known_ceilings
 
+    before = nvml.processes_before()
     found = machine.detect(device)
-    return {"rows": machine.doctor_rows(found), "ceilings": machine.measure_ceilings(found)}
+    rows = machine.doctor_rows(found, before)
+    if measure:
+        ceilings = fresh_ceilings(found, busy=machine.busy_hint(found, before))
+    else:
+        ceilings = known_ceilings(found)
+    return {
+        "rows": rows,
+        "ceilings": dict(ceilings.rates),
+        "ceilings_measured": ceilings.measured,
+        "ceilings_note": ceilings.note,
+    }
 
 
 def diagnosis_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
     """The same for people."""
-    ceilings = [
-        {"ceiling": name.rpartition("_per_")[0].replace("_", " "),
-         "measured": format_bandwidth(value) if "bytes" in name else format_flops(value)}
-        for name, value in found["ceilings"].items()
-    ]  # fmt: skip
-    return _rows_table("machine", found["rows"]), _rows_table("ceilings", ceilings)
+    rates = found["ceilings"]
+    ceilings = tuple(
+        (name.rpartition("_per_")[0].replace("_", " "),
+         _format_rate(name, rate), _format_rate(name, rates.get(SUSTAINED_PREFIX + name)))
+        for name, rate in rates.items()
+        if not name.startswith(SUSTAINED_PREFIX)
+    )  # fmt: skip
+    measured = found["ceilings_measured"]
+    taken = f"measured {measured}" if measured else "not measured yet: dsa-bench doctor --measure"
+    table = TextTable(
+        title="ceilings",
+        head=("ceiling", "burst", "sustained"),
+        rows=ceilings,
+        notes=tuple(filter(None, (taken, found["ceilings_note"]))),
+        right=frozenset({"burst", "sustained"}),
+    )
+    return _rows_table("machine", found["rows"]), table
+
+
+def _format_rate(name: str, rate: float | None) -> str:
+    if rate is None:
+        return ""
+    return format_bandwidth(rate) if "bytes" in name else format_flops(rate)
 
 
 def _rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> TextTable:

@@ -1,5 +1,8 @@
 """Which tests run in this process: the interpreter's, those of a GPU, and all others."""
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 from tests import triton_interpreter
@@ -8,6 +11,18 @@ from tests import triton_interpreter
 def pytest_configure(config: pytest.Config) -> None:
     if triton_interpreter.is_interpreting():
         triton_interpreter.repair()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ceilings of these tests, and of the commands they start, stay out of the user's cache."""
+    before = os.environ.get("DSA_BENCH_CACHE")
+    os.environ["DSA_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["DSA_BENCH_CACHE"]
+    else:
+        os.environ["DSA_BENCH_CACHE"] = before
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -29,6 +29,34 @@ def test_floor_is_the_longer_of_the_two_times(
     assert floor_seconds(cost, CEILINGS, precision) == pytest.approx(expected)
 
 
+def test_what_lasts_is_no_ceiling() -> None:
+    cost = {"flops": 14e12, "bytes_read": 0.0, "bytes_written": 0.0}
+    lasting = {"sustained_fp8_flops_per_second": 9000e12, "sustained_copy_bytes_per_second": 1.0}
+    assert floor_seconds(cost, CEILINGS | lasting, "fp4") == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("mode", "l2", "expected"),
+    [
+        ("cold", 6e12, 1.0),
+        ("graph", 6e12, 1.0),
+        ("cpu", 6e12, 1.0),
+        ("warm", 6e12, 0.5),
+        ("sustained", 6e12, 0.5),
+        # not measured: only the products hold it back
+        ("warm", None, 0.01),
+        # an L2 that was measured slower than memory, which it cannot be
+        ("warm", 1e12, 1.0),
+    ],
+)
+def test_inputs_that_may_lie_in_l2_come_at_its_rate(
+    mode: str, l2: float | None, expected: float
+) -> None:
+    cost = {"flops": 7e12, "bytes_read": 2e12, "bytes_written": 1e12}
+    ceilings = CEILINGS | ({} if l2 is None else {"l2_bytes_per_second": l2})
+    assert floor_seconds(cost, ceilings, mode=mode) == pytest.approx(expected)
+
+
 def test_floor_is_unknown_without_ceilings() -> None:
     cost = {"flops": 1.0, "bytes_read": 1.0, "bytes_written": 1.0}
     assert floor_seconds(cost, {}) is None
