@@ -1,7 +1,8 @@
 """Is the output right? Asked before any time is taken: a case that is wrong has no time.
 
 A few rows are held against the reference completely; of many rows the first, the last and random
-ones are, for the reference in fp32 would cost more than the measurement.
+ones are, for the reference in fp32 would cost more than the measurement. The others must at least
+be finite where the operator says so, which shows rows that nobody wrote.
 """
 
 from collections.abc import Iterable
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Check
+from dsa_bench.accuracy import Check, finite_check
 from dsa_bench.operator import Memory, Operator
 
 SAMPLED_ROWS = 64
+RECHECKED_ROWS = 16
 FIGURE_ROWS = 8
 
 
@@ -66,16 +68,27 @@ def check_outputs(
     seed: int,
     device: str,
     limit: int = SAMPLED_ROWS,
+    figures: bool = True,
 ) -> Verdict:
-    """Run the operator's checks on all rows or a sample of them, and its informative figures."""
+    """Run the operator's checks on all rows or a sample of them, and its informative figures.
+
+    A tensor that is no plain torch.Tensor is refused: it could put off its work until somebody
+    looks at it, long after the stopwatch.
+    """
+    kinds = {type(x) for x in outputs if isinstance(x, Tensor)} - {Tensor}
+    lazy = sorted(kind.__name__ for kind in kinds)
+    if lazy:
+        reason = f"outputs must be plain torch.Tensor, got {', '.join(lazy)}"
+        return Verdict(gate={"checks": []}, reason=reason)
     rows = sample_rows(num_rows, seed=seed, device=device, limit=limit)
     checks = operator.check(inputs, outputs, rows=rows)
+    checks += tuple(finite_check(name, getattr(outputs, name)) for name in operator.finite)
     gate: dict[str, Any] = {
         "checks": [check.to_json() for check in checks],
         "rows_checked": num_rows if rows is None else len(rows),
         "rows": num_rows,
     }
-    if operator.figures is not None:
+    if figures and operator.figures is not None:
         few = sample_rows(num_rows, seed=seed, device=device, limit=min(limit, FIGURE_ROWS))
         gate |= operator.figures(inputs, outputs, rows=few)
     return Verdict(gate=gate, reason=explain(checks))

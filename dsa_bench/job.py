@@ -1,21 +1,23 @@
 """One `run`, `check` or `profile` from what was asked to what is left in the run folder."""
 
 import contextlib
-import functools
+import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dsa_bench import runner, sweep
+from dsa_bench import doubt, runner, schedule, sweep
 from dsa_bench.operator import UsageError
 from dsa_bench.record import Record
 from dsa_bench.runner import Progress
+from dsa_bench.schedule import Group
 from dsa_bench.store import Run, create_run, expect_free, open_writer, read_run
 from dsa_bench.sweep import Layer, Planned
+from dsa_bench.worker_process import Worker, start_worker
 
 DEFAULT_TIMEOUT = 120.0
 DEVICES = ("auto", "cuda", "cpu")
@@ -43,6 +45,7 @@ class Request:
     argv: tuple[str, ...]
     device: str = "auto"
     effort: str = "quick"
+    replicates: int = 1
     timeout: float | None = None
     output: Path | None = None
     gpu_hour_usd: float = 2.0
@@ -61,11 +64,22 @@ class Job:
     path: Path | None
     """The run folder; None: nothing is kept."""
     planned: tuple[Planned, ...]
+    """Every case, also those that an earlier session ended."""
+    groups: tuple[Group, ...]
     """What is still to do."""
     header: Mapping[str, Any]
     is_resumed: bool
     timeout: float
     options: Mapping[str, Any]
+    busy: str = ""
+    """What else keeps the machine busy, as a sentence."""
+    lost: Mapping[tuple[str, int], int]
+    """Workers that (key, replicate) has cost before."""
+
+    @property
+    def num_endings(self) -> int:
+        """How many records the groups will give."""
+        return sum(len(group.items) for group in self.groups)
 
     @property
     def device(self) -> str:
@@ -89,12 +103,19 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         planned = _few(planned, request)
     timeout = DEFAULT_TIMEOUT if request.timeout is None else request.timeout
     options = {"device": found.machine.device, "effort": request.effort}
+    settings = {
+        "timeout": timeout,
+        "gpu_hour_usd": request.gpu_hour_usd,
+        "replicates": request.replicates,
+        "order_seed": random.SystemRandom().getrandbits(32),
+    }
     header = {
+        "protocol": doubt.PROTOCOL,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": list(request.argv),
         "verb": request.verb,
         **found.header,
-        "options": options | {"timeout": timeout, "gpu_hour_usd": request.gpu_hour_usd},
+        "options": options | settings,
         "sweep": wanted.to_json(),
         "plan": [item.to_json() for item in planned],
     }
@@ -103,10 +124,25 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         verb=request.verb,
         path=path,
         planned=planned,
+        groups=_groups(request.verb, planned, settings),
         header=header,
         is_resumed=False,
         timeout=timeout,
         options=options,
+        busy=found.busy,
+        lost={},
+    )
+
+
+def _groups(
+    verb: str, planned: Sequence[Planned], settings: Mapping[str, Any]
+) -> tuple[Group, ...]:
+    """All groups of a run; only what is timed needs competitors beside it."""
+    return schedule.groups(
+        planned,
+        replicates=int(settings.get("replicates", 1)),
+        seed=int(settings.get("order_seed", 0)),
+        together=verb == "run",
     )
 
 
@@ -130,7 +166,8 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
         header, options = run.header, run.header["options"]
         planned = tuple(Planned.from_json(item) for item in header["plan"])
         machine, device = header["machine"]["name"], header["machine"]["device"]
-    except (KeyError, TypeError) as error:
+        groups = _groups(header.get("verb", "run"), planned, options)
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder}/run.json lacks {error} (run the sweep again)") from None
     here = probe(device, with_ceilings=False).header["machine"]["name"]
     if here != machine:
@@ -138,12 +175,24 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
     return Job(
         verb=header.get("verb", "run"),
         path=folder,
-        planned=tuple(item for item in planned if item.case.key not in run.ended),
+        planned=planned,
+        groups=_without(groups, run.ended),
         header=header,
         is_resumed=True,
         timeout=float(options["timeout"]) if timeout is None else timeout,
         options={key: options[key] for key in ("device", "effort") if key in options},
+        lost={(r.case.key, r.replicate): r.lost_workers for r in run.records},
     )
+
+
+def _without(groups: Sequence[Group], ended: Container[tuple[str, int]]) -> tuple[Group, ...]:
+    """The groups without the (key, replicate) that have ended."""
+    left = []
+    for group in groups:
+        items = [item for item in group.items if (item.case.key, group.replicate) not in ended]
+        if items:
+            left.append(replace(group, items=tuple(items)))
+    return tuple(left)
 
 
 def default_folder(machine: str) -> Path:
@@ -169,28 +218,45 @@ def execute(
     job: Job,
     tell: Callable[[Progress], None],
     *,
-    start: Callable[[Path], runner.Worker] = runner.start_worker,
+    start: Callable[[Path], Worker] = start_worker,
 ) -> tuple[Run, bool]:
     """Take the cases; what the folder holds in the end, and whether nobody interrupted."""
     with _place(job) as (folder, save, kept):
         options = dict(job.options)
         if job.verb == "profile":
             options["trace_dir"] = str((folder / TRACES).resolve())
+
+        def finish(record: Record) -> Record:
+            kept = _finished(record, job)
+            save(kept)
+            return kept
+
         finished = runner.run(
-            job.planned,
+            job.groups,
             settings=runner.Settings(
                 verb=job.verb, options=options, timeout=job.timeout, log=folder / LOG
             ),
-            save=save,
-            reproduce=functools.partial(
-                sweep.reproduce, device=job.device, effort=job.options.get("effort", "quick")
-            ),
+            save=finish,
             tell=tell,
             start=start,
+            lost=job.lost,
         )
         if job.path is None:
             return Run(path=folder, header=job.header, records=tuple(kept)), finished
         return read_run(job.path), finished
+
+
+def _finished(record: Record, job: Job) -> Record:
+    """The record with all doubts that its samples raise, and the command that repeats it.
+
+    They are judged here and not in the worker, where what is measured could reach the judge.
+    """
+    effort = job.options.get("effort", "quick")
+    return replace(
+        record,
+        flags=doubt.judge(record, job.header.get("ceilings") or {}),
+        reproduce=sweep.reproduce(record.case, device=job.device, effort=effort),
+    )
 
 
 Place = tuple[Path, Callable[[Record], None], list[Record]]

@@ -1,29 +1,44 @@
-"""How long a call takes and how much memory it holds: raw samples, never beside a profiler.
+"""How long a call takes: raw samples, never beside a profiler.
 
-Modes: `cold` times each call by CUDA events, with L2 flushed before it and a bounded spin on the
-GPU, so that the host has queued the call before the GPU reaches it. `graph` does the same with a
-CUDA graph of one call, which leaves out the launches as a serving engine does. `cpu` reads the host
-clock.
+Modes:
+    cold       each call by itself, L2 flushed before it, a bounded spin on the GPU so that the host
+               has queued the call before the GPU reaches it
+    warm       the same without the flush, always on one input set
+    graph      cold, but a replay of a CUDA graph of the call: without launches, as it is served
+    sustained  calls back to back for two seconds and more in each visit
+    cpu        the host clock
+
+A case is sampled in visits. Between its visits its competitors are sampled, in the order A B B A,
+so that a drift of the machine meets all of them alike. In each visit one call, nobody knows which,
+meets inputs that are new in place, and its output is kept for the gate.
 """
 
-import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from dsa_bench import trace
-from dsa_bench.operator import Machine, Memory, Run
-from dsa_bench.record import MemoryUse, Timing
-from dsa_bench.stats import median, relative_half_width
-
-Call = Callable[[], object]
-Clock = Callable[[], float]
+from dsa_bench import timed_outputs
+from dsa_bench.meter import (
+    NO_FLUSH,
+    Call,
+    Clock,
+    CudaMeter,
+    HostMeter,
+    Meter,
+    Sample,
+    SustainedMeter,
+    l2_flush,
+)
+from dsa_bench.operator import Machine, Run
+from dsa_bench.record import AUTO_MODE, Timing
+from dsa_bench.stats import median, median_interval
+from dsa_bench.timed_outputs import Watch
 
 WARMUP_CALLS = 3
 WARMUP_SECONDS = 0.05
@@ -31,13 +46,11 @@ MIN_SAMPLES = 20
 MIN_SAMPLES_SLOW = 5
 MAX_SAMPLES = 2000
 LAUNCH_BOUND_SHARE = 0.05
-HARMLESS_WAIT = 0.01
-"""Share of a sample by which a wait for the host cannot spoil it."""
-FLUSH_L2_SIZES = 2
-SPIN_FACTOR = 2.0
-SPIN_MARGIN_SECONDS = 200e-6
-SPIN_LIMIT_SECONDS = 20e-3
-GIB = 2**30
+VISITS = 2
+BATCH_SECONDS = 0.02
+"""Length of one sample of `sustained`: long beside the events, short beside the visit."""
+SUSTAINED_SECONDS = 2.0
+SUSTAINED_WARMUP_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,87 +69,6 @@ EFFORTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One timed call. `overtaken`: the GPU may have waited for the host for some time."""
-
-    seconds: float
-    overtaken: bool = False
-
-
-class Meter(Protocol):
-    """Times one call."""
-
-    def sample(self, call: Call) -> Sample: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """Samples, and named reasons to doubt them: `launch_bound`, `no_graph`."""
-
-    timing: Timing
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HostMeter:
-    """Host clock around a call that is done when it returns."""
-
-    clock: Clock = time.perf_counter
-
-    def sample(self, call: Call) -> Sample:
-        begin = self.clock()
-        call()
-        return Sample(seconds=self.clock() - begin)
-
-
-class CudaMeter:
-    """CUDA events around a call, after a flush of L2 and a spin that lets the host get ahead.
-
-    `cuda` is torch.cuda, or a fake of it. The spin is bounded, so a call that waits for the GPU
-    cannot hang.
-    """
-
-    def __init__(
-        self, flush: Call, *, cuda: Any = torch.cuda, clock: Clock = time.perf_counter
-    ) -> None:
-        self._flush, self._cuda, self._clock = flush, cuda, clock
-        self._queueing_seconds = math.inf
-        self._spin_factor = SPIN_FACTOR
-        self._cycles_per_second = self._measure_spin()
-
-    def _measure_spin(self) -> float:
-        cycles = 1_000_000
-        self._cuda._sleep(cycles)
-        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self._cuda._sleep(cycles)
-        end.record()
-        self._cuda.synchronize()
-        return cycles / (float(start.elapsed_time(end)) / 1000)
-
-    def sample(self, call: Call) -> Sample:
-        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush()
-        spin = self._spin_factor * self._queueing_seconds + SPIN_MARGIN_SECONDS
-        self._cuda._sleep(int(min(spin, SPIN_LIMIT_SECONDS) * self._cycles_per_second))
-        queued = self._clock()
-        start.record()
-        call()
-        end.record()
-        overtaken = bool(start.query())
-        queueing = self._clock() - queued
-        # the least of all calls: the first ones compile, and some wait for the operating system
-        self._queueing_seconds = min(self._queueing_seconds, queueing)
-        if overtaken:
-            self._spin_factor = 2 * SPIN_FACTOR
-        self._cuda.synchronize()
-        seconds = float(start.elapsed_time(end)) / 1000
-        # the GPU can have waited no longer than the host took
-        matters = queueing > HARMLESS_WAIT * seconds
-        return Sample(seconds=seconds, overtaken=overtaken and matters)
-
-
 def default_mode(phase: str, machine: Machine) -> str:
     """Decode is served from CUDA graphs; prefill is long enough to hide its launches."""
     if machine.device == "cpu":
@@ -144,36 +76,198 @@ def default_mode(phase: str, machine: Machine) -> str:
     return "graph" if phase == "decode" else "cold"
 
 
-def measure(
-    run: Run, input_sets: Sequence[Any], *, mode: str, effort: Effort, machine: Machine
-) -> Measurement:
-    """Time `run` on the input sets in turn: no call can hand out the result of the one before."""
+def unsuited(mode: str, device: str) -> str:
+    """Why a mode cannot be had on a device; empty where it can."""
+    if mode == AUTO_MODE or (mode == "cpu") == (device == "cpu"):
+        return ""
     if mode == "cpu":
-        return sample_until(_rotation(run, input_sets), HostMeter(), effort, mode=mode)
+        return "mode cpu times on the host, this case runs on a GPU (use cold or graph)"
+    return f"mode {mode} needs a CUDA GPU (leave --mode out)"
+
+
+Spoil = Callable[[int], None]
+
+
+def _nothing(set_index: int) -> None:
+    """Plain calls leave nothing behind that a later one could hand out."""
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Takes the samples of one case, visit by visit."""
+
+    calls: Sequence[Call]
+    """One for each input set."""
+    meter: Meter
+    effort: Effort
+    mode: str
     flags: tuple[str, ...] = ()
-    calls = _rotation(run, input_sets)
-    if mode == "graph":
-        try:
-            # a capture that fails leaves its own stream as the current one
-            with torch.cuda.stream(torch.cuda.current_stream()):
-                calls = _graph_rotation(run, input_sets)
-        except torch.OutOfMemoryError:
-            # a RuntimeError too, but one that ends the case as `oom`
-            raise
-        except RuntimeError:
-            # a callee that waits for the GPU or allocates outside of torch cannot be captured
-            mode, flags = "cold", ("no_graph",)
-            torch.cuda.synchronize()
-    meter = CudaMeter(l2_flush(machine))
-    measured = sample_until(calls, meter, effort, mode=mode)
-    return dataclasses.replace(measured, flags=flags + measured.flags)
+    """What was seen while it was prepared: `no_graph`."""
+    spoil: Spoil = _nothing
+    """Makes what earlier calls on an input set left unusable."""
+    clock: Clock = time.perf_counter
+    watching: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered while samples are taken: reads clocks and power."""
+    samples: list[Sample] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    elapsed: float = 0.0
+    stop: str = ""
+    warmup_calls: int = 0
+    fresh: list[float] = field(default_factory=list)
+    """Seconds of the watched calls."""
+
+    def visit(self, number: int, watch: Watch | None = None) -> None:
+        """Warm up, then sample in turn until this visit's share of the effort is spent."""
+        share = (number + 1) / VISITS
+        self._warm_up()
+        self.stop = ""
+        # new inputs would leave a gap in a train of calls: there one behind the train is watched
+        inside = None if self.mode == "sustained" else watch
+        before, begin = len(self.samples), self.clock()
+        with self.watching():
+            for index, call in _numbered(self.calls):
+                self._sample(index, call, inside, is_last=bool(self.stop))
+                spent = self.elapsed + self.clock() - begin
+                self.stop = self._stop_reason(before, spent, share)
+                if self.stop and not (inside is not None and inside.is_due):
+                    break
+        self.elapsed += self.clock() - begin
+        self.blocks.append(len(self.samples) - before)
+        if isinstance(self.meter, SustainedMeter):
+            self.meter.pause()
+        if watch is not None and watch.chooses(len(self.calls) - 1, is_last=True):
+            watch.keep(self.calls[-1]())
+
+    def _sample(self, index: int, call: Call, watch: Watch | None, *, is_last: bool) -> None:
+        if watch is None or not watch.chooses(index, is_last=is_last):
+            self.samples.append(self.meter.sample(call))
+            return
+        self.samples.append(self.meter.sample(call, watch.keep))
+        self.fresh.append(self.samples[-1].seconds)
+
+    def _warm_up(self) -> None:
+        begin = self.clock()
+        is_sustained = self.mode == "sustained"
+        wanted = SUSTAINED_WARMUP_SECONDS if is_sustained else WARMUP_SECONDS
+        for count, (_, call) in enumerate(_numbered(self.calls), start=1):
+            self.meter.sample(call)
+            self.warmup_calls += 1
+            spent = self.clock() - begin
+            if count >= WARMUP_CALLS and spent >= wanted:
+                break
+            # a call of seconds is warm after one
+            if spent >= max(wanted, self.effort.max_seconds / 4):
+                break
+
+    def _stop_reason(self, before: int, spent: float, share: float) -> str:
+        seconds = [sample.seconds for sample in self.samples]
+        blocks = (*self.blocks, len(seconds) - before)
+        if self.mode == "sustained":
+            if spent < share * VISITS * SUSTAINED_SECONDS:
+                return ""
+            return _last_word(seconds, blocks, self.effort)
+        return stop_reason(seconds, spent, self.effort, blocks=blocks, share=share)
+
+    @property
+    def expected_samples(self) -> int:
+        """Of the next visit: as many as the last one took, or the fewest that there may be."""
+        return self.blocks[-1] if self.blocks else MIN_SAMPLES // VISITS
+
+    @property
+    def timing(self) -> Timing:
+        """All that was sampled so far."""
+        return Timing(
+            mode=self.mode,
+            seconds=tuple(sample.seconds for sample in self.samples),
+            stop=self.stop,
+            blocks=tuple(self.blocks),
+            overtaken=tuple(i for i, sample in enumerate(self.samples) if sample.overtaken),
+            input_sets=len(self.calls),
+            calls_per_sample=getattr(self.meter, "calls_per_sample", 1),
+            fresh_seconds=tuple(self.fresh),
+            warmup_calls=self.warmup_calls,
+            event_overhead_seconds=self.meter.event_overhead,
+            spin_seconds=self.meter.spin_seconds,
+            flush_bytes=self.meter.flush_bytes,
+            hidden_seconds=median([sample.hidden_seconds for sample in self.samples]),
+        )
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """Doubts that the samples alone do not show."""
+        is_bound = is_launch_bound(self.samples, self.effort)
+        return self.flags + (("launch_bound",) if is_bound else ())
+
+
+def open_sampler(
+    run: Run,
+    input_sets: Sequence[Any],
+    *,
+    mode: str,
+    effort: Effort,
+    machine: Machine,
+    watching: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Sampler:
+    """Prepare a mode: capture graphs, make the flush, choose batches. Nothing is sampled yet."""
+    if mode == "warm":
+        # further sets would push the first one out of L2
+        input_sets = input_sets[:1]
+    calls: Sequence[Call] = _rotation(run, input_sets)
+    flags: tuple[str, ...] = ()
+    spoil: Spoil = _nothing
+    asked = mode
+    if mode in ("graph", "sustained"):
+        calls, spoil, captured = _try_graphs(run, input_sets)
+        if not captured:
+            flags = ("no_graph",)
+            mode = "cold" if mode == "graph" else mode
+    meter: Meter
+    if mode == "cpu":
+        meter = HostMeter()
+    elif asked == "sustained":
+        meter, calls = _sustained(calls)
+    else:
+        meter = CudaMeter(NO_FLUSH if mode == "warm" else l2_flush(machine))
+    return Sampler(
+        calls=calls,
+        meter=meter,
+        effort=effort,
+        mode=mode,
+        flags=flags,
+        spoil=spoil,
+        watching=watching,
+    )
 
 
 def _rotation(run: Run, input_sets: Sequence[Any]) -> list[Call]:
     return [functools.partial(run, inputs) for inputs in input_sets]
 
 
-def _graph_rotation(run: Run, input_sets: Sequence[Any]) -> list[Call]:
+def _try_graphs(run: Run, input_sets: Sequence[Any]) -> tuple[list[Call], Spoil, bool]:
+    """Replays of graphs, what spoils their outputs, True; or plain calls and False."""
+    try:
+        # a capture that fails leaves its own stream as the current one
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            graphs, outputs = _capture(run, input_sets)
+    except torch.OutOfMemoryError:
+        # a RuntimeError too, but one that ends the case as `oom`
+        raise
+    except RuntimeError:
+        # a callee that waits for the GPU or allocates outside of torch cannot be captured
+        torch.cuda.synchronize()
+        return _rotation(run, input_sets), _nothing, False
+    calls: list[Call] = [
+        functools.partial(_replay, graph, out) for graph, out in zip(graphs, outputs, strict=True)
+    ]
+    return calls, lambda set_index: timed_outputs.spoil(outputs[set_index]), True
+
+
+def _replay(graph: Any, outputs: Any) -> Any:
+    graph.replay()
+    return outputs
+
+
+def _capture(run: Run, input_sets: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """One CUDA graph for each input set, captured after a call on a side stream warmed it up."""
     side = cast(Any, torch.cuda.Stream)()
     side.wait_stream(torch.cuda.current_stream())
@@ -181,56 +275,37 @@ def _graph_rotation(run: Run, input_sets: Sequence[Any]) -> list[Call]:
         for inputs in input_sets:
             run(inputs)
     torch.cuda.current_stream().wait_stream(side)
-    calls: list[Call] = []
+    graphs: list[Any] = []
+    outputs: list[Any] = []
     for inputs in input_sets:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run(inputs)
-        calls.append(graph.replay)
+            outputs.append(run(inputs))
+        graphs.append(graph)
     torch.cuda.synchronize()
-    return calls
+    return graphs, outputs
 
 
-def l2_flush(machine: Machine) -> Call:
-    """Writes, then reads twice the size of L2: neither inputs nor dirty lines are left in it."""
-    words = FLUSH_L2_SIZES * max(machine.l2_bytes, 2**20) // 4
-    buffer = torch.zeros(words, dtype=torch.int32, device=machine.device)
-    out = torch.zeros((), dtype=torch.int64, device=machine.device)
+def _sustained(calls: Sequence[Call]) -> tuple[SustainedMeter, list[Call]]:
+    """A meter whose batches take about BATCH_SECONDS, and one round over the input sets."""
 
-    def flush() -> None:
-        buffer.zero_()
-        torch.sum(buffer, dim=0, out=out)
+    def one_round() -> Any:
+        outputs = None
+        for call in calls:
+            outputs = call()
+        return outputs
 
-    return flush
+    probe = CudaMeter(NO_FLUSH)
+    one_round()
+    seconds = min(probe.sample(one_round).seconds for _ in range(3))
+    rounds = max(1, math.ceil(BATCH_SECONDS / max(seconds, 1e-7)))
+    meter = SustainedMeter(rounds=rounds, calls_per_round=len(calls), overhead=probe.event_overhead)
+    return meter, [one_round]
 
 
-def sample_until(
-    calls: Sequence[Call],
-    meter: Meter,
-    effort: Effort,
-    *,
-    mode: str,
-    clock: Clock = time.perf_counter,
-) -> Measurement:
-    """Warm up, then sample the calls in turn until the median has settled or time is up."""
-    begin = clock()
-    for count, call in enumerate(_cycle(calls), start=1):
-        meter.sample(call)
-        spent = clock() - begin
-        warm = count >= WARMUP_CALLS and spent >= WARMUP_SECONDS
-        if warm or spent >= effort.max_seconds / 4:
-            break
-    begin = clock()
-    samples: list[Sample] = []
-    stop = ""
-    for call in _cycle(calls):
-        samples.append(meter.sample(call))
-        stop = stop_reason([s.seconds for s in samples], clock() - begin, effort)
-        if stop:
-            break
-    timing = Timing(mode=mode, seconds=tuple(s.seconds for s in samples), stop=stop)
-    flags = ("launch_bound",) if is_launch_bound(samples, effort) else ()
-    return Measurement(timing=timing, flags=flags)
+def _numbered(calls: Sequence[Call]) -> Iterator[tuple[int, Call]]:
+    while True:
+        yield from enumerate(calls)
 
 
 def is_launch_bound(samples: Sequence[Sample], effort: Effort) -> bool:
@@ -247,80 +322,37 @@ def is_launch_bound(samples: Sequence[Sample], effort: Effort) -> bool:
     return abs(median([s.seconds for s in samples]) / median(untouched) - 1) > effort.half_width
 
 
-def _cycle(calls: Sequence[Call]) -> Iterator[Call]:
-    while True:
-        yield from calls
+def stop_reason(
+    seconds: Sequence[float],
+    elapsed: float,
+    effort: Effort,
+    *,
+    blocks: Sequence[int] = (),
+    share: float = 1.0,
+) -> str:
+    """`settled`, `max_samples`, `max_seconds`; empty while sampling goes on.
 
-
-def stop_reason(seconds: Sequence[float], elapsed: float, effort: Effort) -> str:
-    """`settled`, `max_samples`, `max_seconds`; empty while sampling goes on."""
+    A visit that ends at `share` of the effort may take that share of samples and time, and settles
+    at the width that so many fewer samples of the same spread would have.
+    """
     n = len(seconds)
-    # sorting thousands of samples after each of them would take longer than they do
+    # an interval of thousands of samples after each of them would take longer than they do
     judged = n < 50 or n % 25 == 0
-    if n >= MIN_SAMPLES and judged and relative_half_width(seconds) <= effort.half_width:
+    wanted = effort.half_width / math.sqrt(share)
+    if n >= share * MIN_SAMPLES and judged and half_width(seconds, blocks) <= wanted:
         return "settled"
-    if n >= MAX_SAMPLES:
+    if n >= share * MAX_SAMPLES:
         return "max_samples"
-    if n >= MIN_SAMPLES_SLOW and elapsed >= effort.max_seconds:
+    if n >= share * MIN_SAMPLES_SLOW and elapsed >= share * effort.max_seconds:
         return "max_seconds"
     return ""
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors of a dataclass, NamedTuple, mapping or sequence, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+def half_width(seconds: Sequence[float], blocks: Sequence[int]) -> float:
+    """Half the width of the median's interval as a share of the median."""
+    low, high = median_interval(seconds, blocks=blocks)
+    return (high - low) / 2 / median(seconds)
 
 
-def held_bytes(value: Any) -> int:
-    """Bytes of the storages under a value's tensors; a shared storage counts once."""
-    storages = (tensor.untyped_storage() for tensor in tensors_in(value))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def measure_memory(run: Run, inputs: Any, *, predicted: Memory, machine: Machine) -> MemoryUse:
-    """One call with torch's allocator watched: its peak on CUDA, the profiler's events on a CPU.
-
-    Memory that a library takes without torch's allocator isn't seen.
-    """
-    if machine.device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        outputs = run(inputs)
-        torch.cuda.synchronize()
-        grown = torch.cuda.max_memory_allocated() - before
-    else:
-        outputs, grown = trace.peak_growth(run, inputs)
-    input_bytes, output_bytes = held_bytes(inputs), held_bytes(outputs)
-    return MemoryUse(
-        peak_bytes=input_bytes + grown,
-        input_bytes=input_bytes,
-        output_bytes=output_bytes,
-        workspace_bytes=max(0, grown - output_bytes),
-        predicted_bytes=predicted.total_bytes,
-    )
-
-
-def shortage(predicted: Memory, free: int) -> str:
-    """Sentence on why a case cannot fit into what is free; empty where it can."""
-    if predicted.total_bytes <= free:
-        return ""
-    parts = ", ".join(
-        f"{name} {size / GIB:.1f}"
-        for name, size in (
-            ("inputs", predicted.input_bytes),
-            ("outputs", predicted.output_bytes),
-            ("workspace", predicted.workspace_bytes),
-        )
-    )
-    return f"needs {predicted.total_bytes / GIB:.1f} GiB, {free / GIB:.1f} GiB free ({parts})"
+def _last_word(seconds: Sequence[float], blocks: Sequence[int], effort: Effort) -> str:
+    return "settled" if half_width(seconds, blocks) <= effort.half_width else "max_seconds"

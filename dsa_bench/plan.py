@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dsa_bench import registry, sweep
+from dsa_bench import measure, registry, sweep
 from dsa_bench.operator import Machine, Operator, Unsupported, UsageError
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
@@ -38,7 +38,7 @@ def plan(wanted: Sweep, machine: Machine) -> tuple[Planned, ...]:
     planned: dict[str, Planned] = {}
     for case in sweep.cases(wanted, operators):
         operator = operators[case.op]
-        reason = _obstacle(case, operator)
+        reason = _obstacle(case, operator) or measure.unsuited(case.mode, machine.device)
         for impl, missing in _implementations(case, operator, selection, machine):
             item = Planned(case=with_impl(case, impl), reason=reason or missing)
             planned.setdefault(item.case.key, item)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsa_bench.operator import Operator, UsageError
 from dsa_bench.preset import PRESETS
-from dsa_bench.record import PHASES, Case
+from dsa_bench.record import AUTO_MODE, MODES, PHASES, Case
 
 PRECISIONS = ("bf16", "fp8")
 SUFFIXES = {"k": 1024, "m": 1024**2}
@@ -26,7 +26,7 @@ SUFFIXES = {"k": 1024, "m": 1024**2}
 MAX_VALUES = 1000
 SIZES_HINT = "sizes like 4k,8k or a range like 4k:128k:x2 or 1k:8k:+1k"
 SIZE_AXES = ("seq_len_kv", "topk", "batch_size", "seq_len_q", "num_heads")
-AXES = (*SIZE_AXES, "precision")
+AXES = (*SIZE_AXES, "precision", "mode")
 SWEEP_FOLDER = Path(__file__).parent / "sweeps"
 
 FLAGS = {
@@ -41,6 +41,7 @@ FLAGS = {
     "num_heads": "--heads",
     "preset": "--preset",
     "seed": "--seed",
+    "mode": "--mode",
 }
 """Key of a sweep file -> the flag that overrides it."""
 
@@ -53,6 +54,7 @@ DEFAULTS: Mapping[str, Any] = {
     "precision": "bf16",
     "preset": "v3.2",
     "seed": 0,
+    "mode": AUTO_MODE,
     "prefill": {"seq_len_q": "4k"},
     "decode": {"seq_len_q": 1, "batch_size": 32},
 }
@@ -70,6 +72,7 @@ class Axes:
     """Decode alone; a prefill case is a chunk of one sequence."""
     num_heads: tuple[int, ...] = ()
     """Empty: as many as the preset has."""
+    mode: tuple[str, ...] = (AUTO_MODE,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +204,8 @@ def _parse(name: str, key: str, value: Any) -> Any:
         return _sizes(name, value)
     if key == "precision":
         return _choices(name, value, PRECISIONS)
+    if key == "mode":
+        return _choices(name, value, (AUTO_MODE, *MODES))
     if key == "phase":
         return _choices(name, value, PHASES)
     if key in ("op", "impl"):
@@ -312,8 +317,9 @@ def _points(
         axes.batch_size if "batch_size" in own and phase == "decode" else (1,),
         axes.seq_len_q,
         heads or (PRESETS[sweep.preset].num_heads,),
+        axes.mode,
     )
-    for topk, precision, batch_size, seq_len_q, num_heads in product:
+    for topk, precision, batch_size, seq_len_q, num_heads, mode in product:
         yield Case(
             op=operator.name,
             impl="auto",
@@ -326,6 +332,7 @@ def _points(
             num_heads=num_heads,
             preset=sweep.preset,
             seed=sweep.seed,
+            mode=mode,
         )
 
 
@@ -347,6 +354,7 @@ def reproduce(case: Case, *, device: str, effort: str = "quick") -> str:
         "num_heads": str(case.num_heads),
         "preset": case.preset,
         "seed": str(case.seed) if case.seed else None,
+        "mode": case.mode if case.mode != AUTO_MODE else None,
     }
     flags = [f"{FLAGS[key]} {value}" for key, value in values.items() if value is not None]
     if effort != "quick":

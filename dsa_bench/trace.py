@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dsa_bench.operator import Run
-from dsa_bench.record import KernelTime, StageTime
+from dsa_bench.record import MAX_KERNELS, KernelTime, StageTime
 
 Event = Mapping[str, Any]
 
@@ -34,7 +34,6 @@ OTHER = "other"
 GPU_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 LAUNCH_CATEGORIES = frozenset({"cuda_runtime", "cuda_driver"})
 OWNER_CATEGORIES = frozenset({"cpu_op", "user_annotation"})
-MAX_KERNELS = 20
 MAX_NAME = 80
 
 

@@ -53,7 +53,7 @@ def case(impl: str | Mapping[str, str] = "good", **values: Any) -> Case:
 def shape_of(case: Case, preset: Preset) -> FakeShape:
     if case.seq_len_q > case.seq_len_kv:
         raise Unsupported("more queries than keys")
-    if case.seq_len_kv < 0:
+    if case.seq_len_kv == 13:
         raise ValueError("seq_len_kv must be positive")
     return FakeShape(num_rows=case.seq_len_kv)
 
@@ -184,15 +184,15 @@ def catalogue() -> registry.Catalogue:
     shift = Implementation(name="best", run=lambda inputs: FakeOutputs(inputs.x + 1), priority=5)
     return registry.collect(
         {
-            "double": _module(OPERATOR=DOUBLE),
-            "shift": _module(OPERATOR=SHIFT),
-            "affine": _module(OPERATOR=AFFINE),
-            "double_faulty": _module(IMPLEMENTS="double", IMPLEMENTATIONS=faulty),
-            "library": _module(IMPLEMENTATIONS={"double": (gpu, best), "shift": (shift,)}),
+            "double": module(OPERATOR=DOUBLE),
+            "shift": module(OPERATOR=SHIFT),
+            "affine": module(OPERATOR=AFFINE),
+            "double_faulty": module(IMPLEMENTS="double", IMPLEMENTATIONS=faulty),
+            "library": module(IMPLEMENTATIONS={"double": (gpu, best), "shift": (shift,)}),
         },
         {"double_triton": ModuleNotFoundError("No module named 'triton'", name="triton")},
     )
 
 
-def _module(**names: Any) -> Any:
+def module(**names: Any) -> Any:
     return type("FakeModule", (), names)

@@ -6,14 +6,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dsa_bench import runner
+from dsa_bench import runner, worker_process
 from dsa_bench.record import Case, Record
-from dsa_bench.runner import Progress, Settings, last_line
+from dsa_bench.runner import Progress, Settings
+from dsa_bench.schedule import Group
 from dsa_bench.sweep import Planned
+from dsa_bench.worker_process import last_lines
 from tests import fake_worker
 
 
@@ -34,21 +38,43 @@ class Take:
         self.log = folder / "worker.log"
         self.hook: Callable[[Progress], None] = lambda progress: None
 
-    def __call__(self, items: list[Planned], timeout: float = 20.0) -> bool:
+    def __call__(
+        self,
+        items: list[Planned],
+        timeout: float = 20.0,
+        groups: list[Group] | None = None,
+        lost: dict[tuple[str, int], int] | None = None,
+    ) -> bool:
+        """Each case by itself, unless there are groups."""
+
         def tell(progress: Progress) -> None:
             self.told.append(progress)
             self.hook(progress)
 
+        def save(record: Record) -> Record:
+            kept = replace(record, reproduce=f"again {record.case.op}")
+            self.saved.append(kept)
+            return kept
+
         return runner.run(
-            items,
+            groups or [Group(replicate=0, items=(item,)) for item in items],
             settings=Settings(
                 verb="run", options={"effort": "quick"}, timeout=timeout, log=self.log
             ),
-            save=self.saved.append,
-            reproduce=lambda case: f"again {case.op}",
+            save=save,
             tell=tell,
             start=fake_worker.start_at,
+            lost=lost,
         )
+
+    def together(self, *ways: str, **options: Any) -> list[tuple[str, str]]:
+        """Take one group; how its cases ended, in the order in which they did."""
+        items = tuple(planned(*ways, preset=options.pop("preset", "v3.2")))
+        self([], groups=[Group(replicate=0, items=items)], **options)
+        return [(record.case.op, record.status) for record in self.saved]
+
+    def pids(self) -> list[int]:
+        return [json.loads(r.reason)[0] for r in self.saved if r.reason.startswith("[")]
 
     @property
     def endings(self) -> list[tuple[str, str, str]]:
@@ -65,7 +91,7 @@ def heed_interrupts() -> Iterator[None]:
 
 @pytest.fixture
 def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Take:
-    monkeypatch.setattr(runner, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(worker_process, "GRACE_SECONDS", 0.3)
     return Take(tmp_path)
 
 
@@ -109,6 +135,7 @@ def test_records_carry_the_command_that_repeats_them(take: Take) -> None:
 def test_progress_tells_phases_then_the_record(take: Take) -> None:
     take(planned("a"))
     assert [progress.phase for progress in take.told] == ["start", "build", "gate", ""]
+    assert [progress.ended for progress in take.told] == [0, 0, 0, 1]
     assert take.told[-1].record == take.saved[0]
 
 
@@ -129,6 +156,7 @@ def test_lost_worker_costs_its_own_case_alone(
     assert take(planned("a", way, "b"))
     assert [record.status for record in take.saved] == ["ok", status, "ok"]
     assert take.saved[1].reason.startswith(reason)
+    assert take.saved[1].lost_workers == (0 if status == "oom" else 2)
     before, after = (json.loads(take.saved[i].reason)[0] for i in (0, 2))
     assert before != after
 
@@ -136,7 +164,10 @@ def test_lost_worker_costs_its_own_case_alone(
 def test_obituary_quotes_the_log_of_its_own_case_only(take: Take) -> None:
     take(planned("segfault", "a", "silent_segfault"))
     assert "a bad page" in take.saved[0].reason
-    assert take.saved[2].reason == "worker died with signal SIGSEGV in phase gate"
+    assert take.saved[0].log[-1] == "about to touch[31m a bad page"
+    # what a worker says when it starts may or may not fall behind the first request
+    assert take.saved[2].reason.startswith("worker died with signal SIGSEGV in phase gate")
+    assert set(take.saved[2].log) <= {"worker is up"}
 
 
 def test_failed_case_gets_the_next_one_a_fresh_worker(take: Take) -> None:
@@ -170,7 +201,7 @@ def test_interrupt_ends_the_case_in_flight_and_keeps_the_rest(take: Take, tmp_pa
 def test_second_interrupt_kills_at_once(
     take: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "GRACE_SECONDS", 5.0)
+    monkeypatch.setattr(worker_process, "GRACE_SECONDS", 5.0)
     pid_file = tmp_path / "pid"
 
     def interrupt_twice(progress: Progress) -> None:
@@ -199,8 +230,77 @@ def test_interrupt_behind_the_saving_does_not_save_twice(take: Take) -> None:
     assert [record.status for record in take.saved] == ["ok"]
 
 
-def test_last_line_is_short_clean_and_behind_the_start(tmp_path: Path) -> None:
+def test_case_that_lost_its_worker_once_is_tried_again_alone(take: Take, tmp_path: Path) -> None:
+    endings = take.together("a", "segfault_once", "b", preset=str(tmp_path / "met"))
+    assert endings == [("a", "ok"), ("b", "ok"), ("segfault_once", "ok")]
+    assert [record.lost_workers for record in take.saved] == [0, 0, 1]
+    assert len(set(take.pids())) == 2
+
+
+def test_group_goes_on_behind_a_case_that_kills_every_worker(take: Take) -> None:
+    assert take.together("a", "segfault", "b", "exits", "c") == [
+        *(("a", "ok"), ("b", "ok"), ("c", "ok")),
+        *(("segfault", "failed"), ("exits", "failed")),
+    ]
+    assert take.saved[3].reason.endswith("a bad page (set aside: it has cost 2 workers)")
+
+
+def test_early_exit_without_an_error_is_a_failure(take: Take) -> None:
+    assert take.together("exits_well", "a") == [("a", "ok"), ("exits_well", "failed")]
+    assert "exited with code 0 in phase gate" in take.saved[1].reason
+
+
+def test_words_on_stdout_are_no_answers(take: Take) -> None:
+    assert take.together("prints", "a") == [("prints", "ok"), ("a", "ok")]
+
+
+def test_worker_that_forgets_a_case_is_told_on(take: Take) -> None:
+    assert take.together("a", "forgets", "b") == [
+        *(("a", "ok"), ("b", "ok"), ("forgets", "failed"))
+    ]
+    assert take.saved[2].reason == "the worker gave no record"
+
+
+def test_hang_in_a_group_costs_itself_only_and_is_not_tried_again(
+    take: Take, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    endings = take.together("a", "hangs", "b", preset=str(tmp_path / "pid"), timeout=0.5)
+    assert time.monotonic() - begin < 10
+    assert endings == [("a", "ok"), ("hangs", "timeout"), ("b", "ok")]
+    assert take.saved[1].lost_workers == 1
+
+
+def test_each_case_of_a_group_has_the_timeout_for_itself(take: Take) -> None:
+    assert take.together("slow", "slow", "slow", timeout=0.6) == [("slow", "ok")] * 3
+
+
+def test_second_loss_in_a_resumed_run_sets_the_case_aside(take: Take, tmp_path: Path) -> None:
+    (item,) = planned("hangs", preset=str(tmp_path / "pid"))
+    take([item], timeout=0.4, lost={(item.case.key, 0): 1})
+    assert take.saved[0].reason.endswith("(set aside: it has cost 2 workers)")
+    assert take.saved[0].lost_workers == 2
+
+
+def test_each_replicate_begins_in_a_fresh_process(take: Take) -> None:
+    items = tuple(planned("a", "b"))
+    take([], groups=[Group(replicate=r, items=items) for r in range(3)])
+    assert [record.replicate for record in take.saved] == [0, 0, 1, 1, 2, 2]
+    pids = take.pids()
+    assert pids[0] == pids[1] and pids[2] == pids[3] and len(set(pids)) == 3
+
+
+def test_ending_carries_its_time(take: Take) -> None:
+    before = time.time()
+    take(planned("a"))
+    assert before <= take.saved[0].ended <= time.time()
+
+
+def test_last_lines_are_few_short_clean_and_behind_the_start(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"x" * 10_000 + b"\nfirst\n\x1b[1msecond\xff\x07\n  \n\n")
-    assert last_line(log) == "[1msecond\ufffd"
-    assert last_line(log, log.stat().st_size - 3) == ""
+    assert last_lines(log)[1:] == ("first", "[1msecond\ufffd")
+    assert len(last_lines(log)[0]) == worker_process.MAX_LOG_LINE
+    assert last_lines(log, log.stat().st_size - 3) == ()
+    log.write_text("\n".join(str(i) for i in range(100)))
+    assert last_lines(log) == tuple(str(i) for i in range(88, 100))

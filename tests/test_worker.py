@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsa_bench import gate, measure, registry, worker
 from dsa_bench.measure import Effort
@@ -26,23 +27,40 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.EFFORTS, "quick", Effort(half_width=9.0, max_seconds=0.01))
 
 
-def ask(wanted: Case, verb: str = "run", **options: Any) -> tuple[Record, bool, list[str]]:
-    """Record, whether the process may go on, and the phases told."""
-    told: list[str] = []
+def ask_all(
+    cases: list[Case], verb: str = "run", **options: Any
+) -> tuple[dict[int, Record], bool, list[tuple[int, str]]]:
+    """Records by place, whether the process may go on, and (place, phase) as told."""
+    told: list[tuple[int, str]] = []
+    records: dict[int, Record] = {}
+
+    def emit(event: Any) -> None:
+        # it must survive the pipe
+        event = json.loads(json.dumps(event))
+        if event["event"] == "phase":
+            told.append((event["case"], event["phase"]))
+        elif event["event"] == "record":
+            assert event["case"] not in records
+            records[event["case"]] = Record.from_json(event["record"])
+
     request = {
         "verb": verb,
-        "case": wanted.to_json(),
+        "cases": [case.to_json() for case in cases],
         "options": {"device": "cpu", "unknown_option": 1} | options,
     }
-    record, usable = worker.answer(request, lambda event: told.append(str(event["phase"])))
-    # it must survive the pipe
-    return Record.from_json(json.loads(json.dumps(record.to_json()))), usable, told
+    return records, worker.answer(request, emit), told
+
+
+def ask(wanted: Case, verb: str = "run", **options: Any) -> tuple[Record, bool, list[str]]:
+    """Record, whether the process may go on, and the phases told."""
+    records, usable, told = ask_all([wanted], verb, **options)
+    return records[0], usable, [phase for _, phase in told]
 
 
 def test_run_fills_the_whole_record() -> None:
     record, usable, phases = ask(case("best"))
     assert (record.status, record.reason, usable) == ("ok", "", True)
-    assert phases == ["build", "gate", "measure", "memory", "trace"]
+    assert phases == ["build", "gate", *["measure", "recheck"] * 2, "memory", "trace"]
     assert record.case == case("best")
     assert record.time is not None and record.time.mode == "cpu"
     assert len(record.time.seconds) >= measure.MIN_SAMPLES_SLOW
@@ -79,7 +97,7 @@ def test_profile_leaves_a_trace_and_no_headline_time(tmp_path: Path) -> None:
 
 def test_parts_can_be_left_out() -> None:
     record, _, phases = ask(case("zeros"), gate=False, profile=False)
-    assert record.status == "ok" and phases == ["build", "measure", "memory"]
+    assert record.status == "ok" and phases == ["build", "measure", "measure", "memory"]
     assert record.gate == {} and record.stages == ()
 
 
@@ -103,7 +121,7 @@ def test_wrong_output_ends_the_case_without_a_time(impl: str) -> None:
         (case("gpu"), "skipped", "needs a CUDA GPU", True),
         (case("triton"), "skipped", "triton cannot be imported: No module named 'triton'", True),
         (case("best", seq_len_q=300), "skipped", "more queries than keys", True),
-        (case("best", seq_len_kv=-1, seq_len_q=-2), "failed", "ValueError in phase build", True),
+        (case("best", seq_len_kv=13), "failed", "ValueError in phase build", True),
         (case("gluoon"), "failed", "unknown implementation 'gluoon' of double", True),
         (case(op="doubel"), "failed", "unknown operator 'doubel'", True),
     ],
@@ -150,8 +168,6 @@ def test_predicted_memory_ends_a_case_before_it_allocates(monkeypatch: pytest.Mo
 def test_a_second_input_set_that_does_not_fit_is_done_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import torch
-
     def one_only(shape: Any, *, seed: int, device: str) -> Any:
         if seed != 0:
             raise torch.OutOfMemoryError("full")
@@ -163,15 +179,69 @@ def test_a_second_input_set_that_does_not_fit_is_done_without(
     assert ask(case("reference"))[0].status == "ok"
 
 
+def test_competitors_are_timed_there_and_back() -> None:
+    cases = [case("best"), case("good"), case({"double": "best", "shift": "best"}, op="affine")]
+    records, usable, told = ask_all(cases, profile=False)
+    assert usable
+    measured = [place for place, phase in told if phase == "measure"]
+    assert measured == [0, 1, 2, 2, 1, 0]
+    keys = [each.key for each in cases]
+    for place, record in records.items():
+        assert record.status == "ok" and record.time is not None
+        assert record.time.beside == tuple(key for key in keys if key != keys[place])
+        assert len(record.time.blocks) == 2 and record.time.input_sets == 3
+
+
+def test_faulty_competitor_leaves_the_others_alone() -> None:
+    cases = [case("best"), case("broken"), case("zeros"), case("good")]
+    records, usable, told = ask_all(cases, profile=False)
+    assert usable
+    assert [records[i].status for i in range(4)] == ["ok", "failed", "wrong", "ok"]
+    assert records[0].time is not None and records[0].time.beside == (cases[3].key,)
+    assert [place for place, phase in told if phase == "measure"] == [0, 3, 3, 0]
+
+
+def test_case_that_does_not_fit_beside_the_others_comes_behind_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def narrow(self: worker.Job) -> None:
+        if self.case.impl == "best" and len(held) > 0:
+            raise torch.OutOfMemoryError("no room")
+        held.append(self.case.impl)
+        plain(self)
+
+    def close(self: worker.Job) -> Record:
+        held.remove(self.case.impl)
+        return plain_close(self)
+
+    held: list[Any] = []
+    plain, plain_close = worker.Job.open, worker.Job.close
+    monkeypatch.setattr(worker.Job, "open", narrow)
+    monkeypatch.setattr(worker.Job, "close", close)
+    records, _, told = ask_all([case("good"), case("best"), case("reference")], profile=False)
+    assert [records[i].status for i in range(3)] == ["ok", "ok", "ok"]
+    assert [place for place, phase in told if phase == "measure"] == [0, 0, 1, 2, 2, 1]
+    assert records[0].time is not None and records[0].time.beside == ()
+
+
+def test_phases_are_charged_to_their_own_case() -> None:
+    cases = [case("best"), case("good")]
+    records, _, _ = ask_all(cases)
+    for record in records.values():
+        assert set(record.phases) == {"build", "gate", "measure", "recheck", "memory", "trace"}
+        assert all(seconds > 0 for seconds in record.phases.values())
+
+
 def test_serve_ends_after_a_lost_device() -> None:
     told: list[dict[str, Any]] = []
-    requests = [
-        json.dumps({"verb": "check", "case": case(impl).to_json(), "options": {"device": "cpu"}})
-        for impl in ("best", "lost", "best")
-    ]
-    assert worker.serve(requests, lambda event: told.append(dict(event))) == 1
-    records = [event["record"] for event in told if event["event"] == "record"]
-    assert [record["status"] for record in records] == ["ok", "failed"]
+    cases = [case(impl).to_json() for impl in ("best", "lost", "good")]
+    request = {"verb": "check", "cases": cases, "options": {"device": "cpu"}}
+    lines = [json.dumps(request)] * 2
+    assert worker.serve(lines, lambda event: told.append(dict(event))) == 1
+    # the case that was open and the one behind it are for another worker
+    records = {event["case"]: event["record"] for event in told if event["event"] == "record"}
+    assert {place: record["status"] for place, record in records.items()} == {1: "failed"}
+    assert all(event["event"] != "done" for event in told)
 
 
 def test_the_process_answers_on_its_descriptor_only() -> None:
@@ -184,7 +254,7 @@ def test_the_process_answers_on_its_descriptor_only() -> None:
         topk=16,
         preset="v3.2-cpu",
     )
-    request = {"verb": "check", "case": wanted.to_json(), "options": {"device": "cpu"}}
+    request = {"verb": "check", "cases": [wanted.to_json()], "options": {"device": "cpu"}}
     read_end, write_end = os.pipe()
     done = subprocess.run(
         [sys.executable, "-m", "dsa_bench.worker", "--reply-fd", str(write_end)],
@@ -200,6 +270,6 @@ def test_the_process_answers_on_its_descriptor_only() -> None:
         events = [json.loads(line) for line in replies]
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    assert [e["event"] for e in events] == ["phase", "phase", "record"] * 2
+    assert [e["event"] for e in events] == ["phase", "phase", "record", "done"] * 2
     assert Record.from_json(events[2]["record"]).case == wanted
     assert [e["record"]["status"] for e in events if e["event"] == "record"] == ["ok", "ok"]
