@@ -3,20 +3,34 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any
 
-T = TypeVar("T")
+from dsa_bench.untrusted import Refused, build, expect, number, shown, text
 
 SCHEMA = "dsa-bench/record@1"
 RUN_SCHEMA = "dsa-bench/run@1"
 
 PHASES = ("prefill", "decode")
 MODES = ("cold", "warm", "graph", "sustained", "cpu")
+MAX_KERNELS = 20
+"""A record keeps the longest of its kernels."""
 AUTO_MODE = "auto"
 """The mode of the phase: decode `graph`, prefill `cold`; on a CPU `cpu`."""
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
+CHECKSUM = "crc32"
+"""Field behind all others in a line of a run folder; it belongs to the line, not to the record."""
+
+MAX_NAME = 100
+"""Characters of a name in a record that others wrote."""
+MAX_SIZE = 2**31
+"""Bound of a size: the product of two still is an integer of 64 bits."""
+MAX_SAMPLES = 20_000
+"""Ten times what is ever taken; the statistics of a series cost more than its length."""
+MAX_SECONDS = 1e9
+MIN_SECONDS = 1e-12
 
 
 class SchemaError(ValueError):
@@ -65,7 +79,10 @@ class Case:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Case":
-        return _known(cls, data)
+        """The case of a JSON object; Refused where a field isn't what it must be."""
+        case = build(cls, data, "case")
+        _check_case(case)
+        return case
 
     @property
     def key(self) -> str:
@@ -128,12 +145,14 @@ class Timing:
     """Samples (from 0) at which the GPU may have waited for the host."""
     input_sets: int = 1
     """Sample i of a visit ran on set i % input_sets, each in storage of its own."""
+    fresh_seconds: tuple[float, ...] = ()
+    """Of the samples those, one a visit, whose inputs the call had never met."""
     calls_per_sample: int = 1
     warmup_calls: int = 0
     event_overhead_seconds: float = 0.0
     """What two events with nothing between them show; not subtracted."""
     spin_seconds: float = 0.0
-    """Longest spin by which the host was kept ahead."""
+    """Spin by which the host was kept ahead at the last sample."""
     flush_bytes: int = 0
     """Written and read before each call."""
     hidden_seconds: float = 0.0
@@ -218,44 +237,93 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Record":
+        """The record of a JSON object; SchemaError or Refused where it isn't one."""
+        if not isinstance(data, Mapping):
+            raise Refused(f"it must be an object, got {shown(data)}")
         check_schema(data.get("schema"), SCHEMA)
-        known = {f.name for f in dataclasses.fields(cls)} | {"schema", "key"}
-        time, memory = data.get("time"), data.get("memory")
-        return cls(
-            case=Case.from_json(data["case"]),
-            status=data["status"],
-            reason=data.get("reason", ""),
-            replicate=data.get("replicate", 0),
-            time=_timing(time) if time else None,
-            stages=tuple(_known(StageTime, s) for s in data.get("stages", ())),
-            kernels=tuple(_known(KernelTime, k) for k in data.get("kernels", ())),
-            cost=data.get("cost", {}),
-            memory=_known(MemoryUse, memory) if memory else None,
-            gate=data.get("gate", {}),
-            phases=data.get("phases", {}),
-            flags=tuple(data.get("flags", ())),
-            lost_workers=data.get("lost_workers", 0),
-            log=tuple(data.get("log", ())),
-            ended=data.get("ended", 0.0),
-            reproduce=data.get("reproduce", ""),
-            extra={k: v for k, v in data.items() if k not in known},
+        known = {f.name for f in dataclasses.fields(cls)} | {"schema", "key", CHECKSUM}
+        extra = {k: v for k, v in data.items() if k not in known}
+        record = build(cls, {**data, "extra": extra}, "")
+        _check_record(record)
+        return record
+
+
+def _check_case(case: Case) -> None:
+    """Refused for names and sizes that no case has."""
+    stages = {"impl": case.impl} if isinstance(case.impl, str) else case.impl
+    names = {name: getattr(case, name) for name in ("op", "phase", "precision", "preset", "mode")}
+    for name, value in {**names, **stages}.items():
+        text(name, "the name of a stage", MAX_NAME)
+        text(value, f"case.{name}", MAX_NAME)
+    for name in ("seq_len_kv", "seq_len_q", "topk", "batch_size", "num_heads"):
+        size = getattr(case, name)
+        if size is not None and not 1 <= size < MAX_SIZE:
+            raise Refused(f"case.{name} must be from 1 to {MAX_SIZE - 1}, got {size}")
+
+
+def _check_record(record: Record) -> None:
+    """Refused for values of the right type that no measurement gives."""
+    _check_case(record.case)
+    if record.status not in STATUSES:
+        raise SchemaError(
+            f"status must be one of {', '.join(STATUSES)}, got {shown(record.status)}"
+            " (upgrade dsa-bench if a newer one wrote it)"
         )
+    if record.time is not None:
+        _check_timing(record.time)
+    for stage in record.stages:
+        for name in ("seconds", "flops", "bytes_read", "bytes_written"):
+            number(getattr(stage, name), f"{name} of stage {shown(stage.name)}", low=0.0)
+    for kernel in record.kernels:
+        for name in ("calls", "seconds"):
+            number(getattr(kernel, name), f"{name} of kernel {shown(kernel.name)}", low=0.0)
+    for name, value in (*record.cost.items(), *record.phases.items()):
+        number(value, f"cost or phase {shown(name)}", low=0.0)
+    _check_gate(record.gate)
 
 
-def _known(kind: type[T], data: Mapping[str, Any]) -> T:
-    """A dataclass from those items that it has fields for; a newer version may write more."""
-    names = {f.name for f in dataclasses.fields(cast(Any, kind))}
-    return kind(**{name: value for name, value in data.items() if name in names})
+def _check_timing(timing: Timing) -> None:
+    """Refused for samples that no clock gives, and for marks that do not fit them."""
+    text(timing.mode, "time.mode", MAX_NAME)
+    count = len(timing.seconds)
+    if count > MAX_SAMPLES:
+        raise Refused(f"time.seconds must have at most {MAX_SAMPLES} items, got {count}")
+    for i, seconds in enumerate(timing.seconds):
+        number(seconds, f"time.seconds[{i}]", low=MIN_SECONDS, high=MAX_SECONDS)
+    if timing.blocks and sum(timing.blocks) != count:
+        raise Refused(f"time.blocks must add up to {count} samples, got {sum(timing.blocks)}")
+    for index in timing.overtaken:
+        if index >= count:
+            raise Refused(f"time.overtaken must be below {count}, got {index}")
+    read = timing.telemetry or Telemetry()
+    for name in ("sm_clock_mhz", "power_w", "temperature_c"):
+        if len(getattr(read, name)) not in (0, len(read.seconds)):
+            raise Refused(f"time.telemetry.{name} must have {len(read.seconds)} readings")
 
 
-def _timing(data: Mapping[str, Any]) -> Timing:
-    telemetry = data.get("telemetry")
-    made = _known(Telemetry, _tuples(telemetry)) if telemetry else None
-    return _known(Timing, {**_tuples(data), "telemetry": made})
+def _check_gate(gate: Mapping[str, Any]) -> None:
+    """A figure that was not finite is null in a file, and may be NaN in an answer of a worker."""
+    checks = gate.get("checks", [])
+    if not isinstance(checks, list):
+        raise Refused(f"gate.checks must be a list, got {shown(checks)}")
+    for i, check in enumerate(checks):
+        found = expect(Mapping[str, Any], check, f"gate.checks[{i}]")
+        for part, kind in (("name", str), ("passed", bool)):
+            if part in found:
+                expect(kind, found[part], f"gate.checks[{i}].{part}")
+        for part in ("figures", "limits"):
+            place = f"gate.checks[{i}].{part}"
+            for name, value in expect(Mapping[str, Any], found.get(part, {}), place).items():
+                _check_figure(value, f"{place}.{shown(name)}")
+    dense = gate.get("dense_error")
+    for name, value in (dense if isinstance(dense, Mapping) else {"": dense}).items():
+        _check_figure(value, f"gate.dense_error.{name}".rstrip("."))
 
 
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+def _check_figure(value: Any, place: str) -> None:
+    is_not_finite = isinstance(value, float) and not math.isfinite(value)
+    if value is not None and not is_not_finite:
+        number(value, place)
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,15 @@
 
 One record is one `write` on an append-only descriptor followed by `fsync`, so a run that is killed
 at any moment loses at most the case in flight. A last line without its newline is torn: reading
-leaves it out and says so, and writing again cuts it off. Where a case ended more than once (after a
-resume), its newest record holds.
+leaves it out and says so, and writing again cuts it off. Where a replicate of a case ended more
+than once (after a resume), its newest record holds.
+
+A line ends in the field `crc32`: `{...,"crc32":"0a1b2c3d"}` and a newline. It is the CRC-32 (that
+of zlib) of the bytes of the line without this field, that is of `{...}`, in eight lower-case hex
+digits. Lines of older versions have none.
+
+Folders come from others too, so what they hold is bounded and checked before it is believed (see
+`untrusted`).
 """
 
 import contextlib
@@ -11,18 +18,43 @@ import fcntl
 import json
 import math
 import os
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsa_bench.operator import UsageError
-from dsa_bench.record import RUN_SCHEMA, Record, SchemaError, check_schema
+from dsa_bench.record import CHECKSUM, RUN_SCHEMA, Case, Record, SchemaError, check_schema
+from dsa_bench.untrusted import (
+    MAX_TEXT,
+    MIB,
+    Refused,
+    expect,
+    expect_no_links,
+    number,
+    parse,
+    read_file,
+    text,
+)
 
 HEADER = "run.json"
 RECORDS = "records.jsonl"
 # statuses that a resume leaves alone; the others may end differently another time
 ENDED = frozenset({"ok", "wrong", "skipped"})
+LOST_WORKERS_LIMIT = 2
+"""A case that killed this many workers is set aside."""
+
+MAX_HEADER_BYTES = 16 * MIB
+MAX_RECORDS_BYTES = 512 * MIB
+MAX_LINE_BYTES = 8 * MIB
+MAX_RECORDS = 1_000_000
+MAX_MACHINE_NAME = 100
+_CHECKSUM_FIELD = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
+# what reports and a resume read of the header, beside the plan
+_HEADER_OBJECTS = ("machine", "versions", "options", "ceilings", "git", "sweep")
+_HEADER_TEXTS = ("started", "verb")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +64,40 @@ class Run:
     path: Path
     header: Mapping[str, Any]
     records: tuple[Record, ...]
-    """One for each case, in the order in which the cases first ended."""
+    """One for each case and replicate, in the order in which they first ended."""
     torn: bool = False
     """The last line was cut off by a crash; it is not among the records."""
 
     @property
-    def ended(self) -> frozenset[str]:
-        """Keys of the cases that a resume need not run again."""
-        return frozenset(r.case.key for r in self.records if r.status in ENDED)
+    def ended(self) -> frozenset[tuple[str, int]]:
+        """(key of the case, replicate) that a resume need not run again.
+
+        They ended for good, or have cost so many workers that they are set aside.
+        """
+        return frozenset(
+            (r.case.key, r.replicate)
+            for r in self.records
+            if r.status in ENDED or r.lost_workers >= LOST_WORKERS_LIMIT
+        )
+
+    def lost_workers(self, key: str, replicate: int) -> int:
+        """Workers that this replicate of the case has cost so far."""
+        found = (r for r in self.records if (r.case.key, r.replicate) == (key, replicate))
+        return next((r.lost_workers for r in found), 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One line of the records, as `verify` looks at it."""
+
+    number: int
+    """From 1."""
+    data: bytes
+    """Without the newline."""
+    record: Record | None
+    """None: it can't be read."""
+    fault: str = ""
+    """Why it can't be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +108,29 @@ class Writer:
 
     def append(self, record: Record) -> None:
         """Save one record so that it outlives this process and a power cut."""
-        line = json.dumps(_finite(record.to_json()), allow_nan=False, separators=(",", ":"))
-        data = line.encode() + b"\n"
+        data = line_of(record.to_json()) + b"\n"
         written = os.write(self.descriptor, data)
         if written != len(data):
             raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
         os.fsync(self.descriptor)
 
 
-def _finite(value: Any) -> Any:
-    """The same JSON value with null for NaN and infinities, which JSON doesn't have."""
+def line_of(fields: Mapping[str, Any]) -> bytes:
+    """The line of a record without its newline, its checksum last."""
+    plain = {name: _storable(value) for name, value in fields.items() if name != CHECKSUM}
+    body = json.dumps(plain, allow_nan=False, separators=(",", ":")).encode()
+    return body[:-1] + b',"%s":"%08x"}' % (CHECKSUM.encode(), zlib.crc32(body))
+
+
+def _storable(value: Any) -> Any:
+    """The same JSON value as a reader takes it: null for NaN and infinities, texts not too long."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return value[: MAX_TEXT - 1] + "…"
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _storable(item) for key, item in value.items()}
+    return [_storable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def expect_free(path: Path) -> None:
@@ -79,11 +145,13 @@ def expect_free(path: Path) -> None:
 def create_run(path: Path, header: Mapping[str, Any]) -> None:
     """Make the folder with its header; refuse one that holds anything."""
     expect_free(path)
+    content = json.dumps({"schema": RUN_SCHEMA} | dict(header), indent=1, allow_nan=False) + "\n"
+    if len(content) > MAX_HEADER_BYTES:
+        raise UsageError("the plan of this sweep is too large to be kept (split the sweep)")
     path.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": RUN_SCHEMA} | dict(header), indent=1, allow_nan=False) + "\n"
     temporary = path / f".{HEADER}"
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path / HEADER)
@@ -96,7 +164,12 @@ def open_writer(path: Path) -> Iterator[Writer]:
 
     The folder is locked as long as the writer is open, so two runs cannot mix their records.
     """
-    descriptor = os.open(path / RECORDS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        expect_no_links(path)
+    except Refused as error:
+        raise UsageError(str(error)) from None
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path / RECORDS, flags, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,8 +177,7 @@ def open_writer(path: Path) -> Iterator[Writer]:
             raise UsageError(
                 f"{path} is being written by another dsa-bench (wait for its end, or use -o)"
             ) from None
-        data = (path / RECORDS).read_bytes()
-        os.ftruncate(descriptor, data.rfind(b"\n") + 1)
+        os.ftruncate(descriptor, _read(path / RECORDS, MAX_RECORDS_BYTES).rfind(b"\n") + 1)
         yield Writer(descriptor)
     finally:
         os.close(descriptor)
@@ -113,43 +185,130 @@ def open_writer(path: Path) -> Iterator[Writer]:
 
 def read_run(path: Path) -> Run:
     """The run in this folder; UsageError if it isn't one, or not one that this version can read."""
-    header = _read_header(path)
+    header = read_header(path)
+    lines, torn = _split(path)
+    records: dict[tuple[str, int], Record] = {}
+    for n, line in enumerate(lines, start=1):
+        record = _read_record(f"{path / RECORDS}:{n}", line)
+        records[record.case.key, record.replicate] = record
+    return Run(path=path, header=header, records=tuple(records.values()), torn=torn)
+
+
+def read_lines(path: Path) -> tuple[tuple[Line, ...], bool]:
+    """(every line of the records with its record or what is wrong with it, the last one is torn).
+
+    UsageError only where the file as a whole can't be read.
+    """
+    lines, torn = _split(path)
+    return tuple(_read_line(n, line) for n, line in enumerate(lines, start=1)), torn
+
+
+def _read_line(number: int, data: bytes) -> Line:
+    try:
+        return Line(number=number, data=data, record=_record(data))
+    except (ValueError, RecursionError) as error:
+        return Line(number=number, data=data, record=None, fault=str(error))
+
+
+def _split(path: Path) -> tuple[list[bytes], bool]:
+    """Lines of the records without newlines, and whether more follows the last newline."""
     file = path / RECORDS
-    data = file.read_bytes() if file.exists() else b""
+    data = _read(file, MAX_RECORDS_BYTES) if os.path.lexists(file) else b""
+    if data.count(b"\n") > MAX_RECORDS:
+        raise UsageError(f"{file} has more than {MAX_RECORDS} lines (is this a dsa-bench run?)")
     *lines, rest = data.split(b"\n")
-    records: dict[str, Record] = {}
-    for number, line in enumerate(lines, start=1):
-        record = _read_record(f"{file}:{number}", line)
-        records[record.case.key] = record
-    return Run(path=path, header=header, records=tuple(records.values()), torn=bool(rest))
+    return lines, bool(rest)
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read(file: Path, limit: int) -> bytes:
+    try:
+        return read_file(file, limit)
+    except Refused as error:
+        raise UsageError(f"{file} {error}") from None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of the run in this folder; UsageError as of `read_run`."""
     file = path / HEADER
     if not path.exists():
         raise UsageError(f"{path} doesn't exist (give the folder that dsa-bench run has written)")
-    if not file.is_file():
+    if not os.path.lexists(file):
         state = "is empty" if path.is_dir() and not any(path.iterdir()) else f"has no {HEADER}"
         raise UsageError(f"{path} {state} (give the folder that dsa-bench run has written)")
+    data = _read(file, MAX_HEADER_BYTES)
     try:
-        header = json.loads(file.read_bytes())
-    except ValueError as error:
+        header = parse(data)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} isn't JSON: {error} (cut off? run the sweep again)") from None
     if not isinstance(header, dict):
         raise UsageError(f"{file} must hold a JSON object (is this a dsa-bench run folder?)")
     try:
         check_schema(header.get("schema"), RUN_SCHEMA)
-    except SchemaError as error:
+        _check_header(header)
+    except (SchemaError, Refused) as error:
         raise UsageError(f"{file}: {error}") from None
     return header
 
 
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refused where a field that others read isn't of its type."""
+    # what a version had nothing to say on is missing or null
+    given = {name: value for name, value in header.items() if value is not None}
+    for name in _HEADER_OBJECTS:
+        if name in header and not (name == "ceilings" and header[name] is None):
+            expect(Mapping[str, Any], header[name], name)
+    for name in _HEADER_TEXTS:
+        if name in header:
+            text(header[name], name)
+    expect(tuple[str, ...], header.get("argv", ()), "argv")
+    expect(int, header.get("protocol", 0), "protocol")
+    machine, options = given.get("machine", {}), given.get("options", {})
+    for name in ("name", "device"):
+        if machine.get(name) is not None:
+            text(machine[name], f"machine.{name}", MAX_MACHINE_NAME)
+    for name in ("device", "effort"):
+        if name in options:
+            text(options[name], f"options.{name}")
+    for name, high in (("timeout", 1e9), ("gpu_hour_usd", 1e6)):
+        if options.get(name) is not None:
+            number(options[name], f"options.{name}", low=0.0, high=high)
+    if not 1 <= expect(int, options.get("replicates", 1), "options.replicates") <= MAX_RECORDS:
+        raise Refused("options.replicates must be at least 1")
+    for name, value in given.get("ceilings", {}).items():
+        # a rate so small that a floor over it is no number would be none either
+        if isinstance(value, int | float) and value != 0:
+            number(value, f"ceilings.{name}", low=1e-6)
+    for i, item in enumerate(expect(tuple[Any, ...], header.get("plan", ()), "plan")):
+        planned = expect(Mapping[str, Any], item, f"plan[{i}]")
+        text(planned.get("reason", ""), f"plan[{i}].reason")
+        Case.from_json(expect(Mapping[str, Any], planned.get("case"), f"plan[{i}].case"))
+
+
 def _read_record(place: str, line: bytes) -> Record:
     try:
-        return Record.from_json(json.loads(line))
+        return _record(line)
     except SchemaError as error:
         raise UsageError(f"{place}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{place}: isn't a record: {type(error).__name__}: {error} (delete this line)"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: isn't a record: {error} (delete this line)") from None
+
+
+def _record(line: bytes) -> Record:
+    """The record of a line; ValueError where it is none, or not as it was written."""
+    if len(line) > MAX_LINE_BYTES:
+        raise Refused(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB")
+    data = parse(line)
+    # asked first: of a line that was changed, the change is what matters
+    if isinstance(data, dict) and CHECKSUM in data:
+        _expect_checksum(line)
+    return Record.from_json(data)
+
+
+def _expect_checksum(line: bytes) -> None:
+    field = _CHECKSUM_FIELD.search(line)
+    if field is None:
+        raise Refused(f"{CHECKSUM} must be the last field, as dsa-bench writes it")
+    expected = f"{zlib.crc32(line[: field.start()] + b'}'):08x}"
+    if field[1].decode() != expected:
+        raise Refused(f"its {CHECKSUM} is {field[1].decode()}, that of its text is {expected}:"
+                      " the line was changed or damaged")  # fmt: skip

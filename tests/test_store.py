@@ -2,10 +2,13 @@
 
 import json
 import math
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dsa_bench import store
 from dsa_bench.operator import UsageError
 from dsa_bench.record import Case, KernelTime, MemoryUse, Record, StageTime, Timing
 from dsa_bench.store import create_run, open_writer, read_run
@@ -80,8 +83,74 @@ def test_ended_cases_are_those_a_resume_leaves_alone(folder: Path) -> None:
     with open_writer(folder) as writer:
         for number, status in enumerate(statuses):
             writer.append(record(number + 1, status))
-    expected = {record(number + 1).case.key for number in range(3)}
+    expected = {(record(number + 1).case.key, 0) for number in range(3)}
     assert read_run(folder).ended == expected
+
+
+def test_each_replicate_of_a_case_ends_for_itself(folder: Path) -> None:
+    written = [replace(record(1, status), replicate=n) for n, status in
+               [(0, "ok"), (1, "failed"), (2, "ok"), (1, "timeout")]]  # fmt: skip
+    with open_writer(folder) as writer:
+        for each in written:
+            writer.append(each)
+    run = read_run(folder)
+    assert run.records == (written[0], written[3], written[2])
+    key = record(1).case.key
+    assert run.ended == {(key, 0), (key, 2)}
+
+
+def test_a_case_that_cost_two_workers_is_set_aside(folder: Path) -> None:
+    key = record(1).case.key
+    with open_writer(folder) as writer:
+        for lost in (1, 2):
+            writer.append(replace(record(1, "failed"), replicate=3, lost_workers=lost))
+            run = read_run(folder)
+            assert run.lost_workers(key, 3) == lost
+            assert run.ended == ({(key, 3)} if lost == 2 else frozenset())
+    assert run.lost_workers(key, 0) == run.lost_workers("other", 3) == 0
+
+
+def test_a_line_ends_in_the_checksum_of_what_is_before_it(folder: Path) -> None:
+    with open_writer(folder) as writer:
+        writer.append(replace(record(1), reason='größer \u2028 "x"'))
+    line = (folder / "records.jsonl").read_bytes().removesuffix(b"\n")
+    body, checksum = line[: -len(b',"crc32":"01234567"}')] + b"}", line[-10:-2]
+    assert line == body[:-1] + b',"crc32":"' + checksum + b'"}'
+    assert int(checksum, 16) == zlib.crc32(body)
+    assert json.loads(body) == replace(record(1), reason='größer \u2028 "x"').to_json()
+    # what was read and is written again has one checksum, the right one
+    (found,) = read_run(folder).records
+    assert "crc32" not in found.extra and store.line_of(json.loads(line)) == line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (b'"status":"ok"', b'"status":"no"', "the line was changed or damaged"),
+        (b"triton", b"gluon", "the line was changed or damaged"),
+        (b'"seed":0', b'"seed":0 ', "the line was changed or damaged"),
+        (b'"crc32":"', b'"crc32":"f', "crc32 must be the last field"),
+        (b'"crc32":', b'"crc32": ', "crc32 must be the last field"),
+    ],
+)
+def test_a_changed_line_is_refused(folder: Path, old: bytes, new: bytes, sentence: str) -> None:
+    with open_writer(folder) as writer:
+        writer.append(record(1))
+        writer.append(record(2))
+    file = folder / "records.jsonl"
+    first, second = file.read_bytes().splitlines()
+    file.write_bytes(first + b"\n" + second.replace(old, new, 1) + b"\n")
+    assert old in second
+    with pytest.raises(UsageError, match=f"records.jsonl:2: isn't a record: .*{sentence}"):
+        read_run(folder)
+    lines, torn = store.read_lines(folder)
+    assert [line.record for line in lines] == [record(1), None] and not torn
+    assert sentence in lines[1].fault and lines[0].fault == ""
+
+
+def test_lines_of_older_versions_have_no_checksum(folder: Path) -> None:
+    (folder / "records.jsonl").write_text(json.dumps(record(1).to_json()) + "\n")
+    assert read_run(folder).records == (record(1),)
 
 
 def test_create_refuses_a_folder_that_holds_anything(folder: Path, tmp_path: Path) -> None:
@@ -142,7 +211,7 @@ def test_bad_headers(folder: Path, text: str, message: str) -> None:
     [
         ("{broken", "records.jsonl:2: isn't a record: .*delete this line"),
         ("[]", "records.jsonl:2: isn't a record"),
-        ('{"schema": "dsa-bench/record@1"}', "records.jsonl:2: isn't a record: KeyError"),
+        ('{"schema": "dsa-bench/record@1"}', "records.jsonl:2: isn't a record: case is missing"),
         ('{"schema": "dsa-bench/record@9"}', "records.jsonl:2: written by schema .*upgrade"),
     ],
 )
