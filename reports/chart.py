@@ -57,7 +57,14 @@ class Point:
     high: float | None = None
     note: str = ""
     flags: str = ""
-    """Reasons for doubt; such a point is drawn hollow."""
+    """Reasons for doubt."""
+    doubt: str = ""
+    """`noisy`: drawn hollow; `suspect` or `invalid`: a cross that no line joins."""
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether a line may go through it."""
+        return self.doubt not in ("suspect", "invalid")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +90,8 @@ class Mark:
     x: float | None = None
     y: float | None = None
     role: str = "ink"
+    style: str = ""
+    """Key of DASHES; empty: solid in a lead figure, else dashed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +118,17 @@ class Figure:
         """All measured L of the figure, ascending; published curves do not count."""
         drawn = [s for s in self.series if s.shape != "line"]
         return sorted({p.x for s in drawn for p in s.points})
+
+    @property
+    def doubt_note(self) -> str:
+        """How its points in doubt are drawn; empty where there are none."""
+        found = {p.doubt for s in self.series for p in s.points} - {""}
+        if self.kind == "bars":
+            return "Hatched or pale: a time in doubt." if found else ""
+        notes = ["Hollow: noisy."] if "noisy" in found else []
+        if found - {"noisy"}:
+            notes.append("Cross, not joined by the line: suspect or invalid.")
+        return " ".join(notes)
 
 
 def y_domain(figure: Figure) -> tuple[float, float]:
@@ -218,6 +238,16 @@ def marker(series: Series) -> str:
     digits = series.role[-1]
     offset = 1 if series.role.startswith("dense") else 0
     return SHAPES[(int(digits) + offset) % len(SHAPES)] if digits.isdigit() else "diamond"
+
+
+def level_style(figure: Figure, mark: Mark) -> str:
+    """Key of DASHES for a horizontal line."""
+    return mark.style or ("solid" if figure.is_lead else "dashed")
+
+
+def joined(series: Series) -> list[Point]:
+    """The points that the line goes through."""
+    return [point for point in series.points if point.is_trusted]
 
 
 def axis_share(figure: Figure, value: float) -> float:

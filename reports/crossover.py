@@ -7,11 +7,15 @@ from numbers import Real
 
 import pandas as pd
 
+from dsa_bench.record import AUTO_MODE
 from dsa_bench.reports import frame
 from dsa_bench.reports.units import format_length, format_ratio
 
 HEADLINE_TOPK = 2048
 """Tokens that DeepSeek-V3.2 selects: the k of the headline where it was measured."""
+
+MAX_NAMED = 4
+"""Suspect times that a headline names; the others are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +25,9 @@ class Crossover:
     axes: dict[str, object]
     """The values of frame.AXES that these cases share."""
     outcome: str
-    """`crosses`, `always`, `never`, `one length`, or `no dense`: no L has both times."""
+    """`crosses`, `always`, `never`, `one length`; `no dense`: no L has both times; `suspect`: some
+    L has both, but none that can be trusted.
+    """
     seq_len_kv: float | None = None
     """L from which DSA is faster at every longer measured L; only where it crosses."""
     interval: tuple[float, float] | None = None
@@ -33,6 +39,13 @@ class Crossover:
     """The fastest dense attention at the last L: `flash_attn_3, bf16`."""
     flagged: bool = False
     """Some time that this rests on is in doubt."""
+    left_out: tuple[str, ...] = ()
+    """The suspect times that this would have rested on: `DSA at 64K`, `triton at 128K`."""
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether DSA stands beside dense attention at some L."""
+        return self.outcome not in ("no dense", "suspect")
 
 
 def crossing(
@@ -55,16 +68,23 @@ def crossing(
 
 
 def crossovers(table: pd.DataFrame) -> tuple[Crossover, ...]:
-    """One crossover for each line of `ok` DSA cases that differ in L alone."""
+    """One crossover for each line of `ok` DSA cases that differ in L alone.
+
+    Times that are suspect or invalid count for nothing but `left_out`.
+    """
     measured = table[(table["op"] == "dsa") & table["seconds"].notna()]
     groups = measured.groupby(list(frame.AXES), dropna=False, sort=False)
     return tuple(_of_line(dict(zip(frame.AXES, key, strict=True)), rows) for key, rows in groups)
 
 
 def _of_line(axes: dict[str, object], rows: pd.DataFrame) -> Crossover:
-    rows = rows[rows["dense_seconds"].notna()].sort_values("seq_len_kv")
+    rows = rows.sort_values("seq_len_kv")
+    left_out = _left_out(rows)
+    rows = rows[rows["speedup"].notna()]
     if rows.empty:
-        return Crossover(axes=axes, outcome="no dense")
+        return Crossover(
+            axes=axes, outcome="suspect" if left_out else "no dense", left_out=left_out
+        )
     lengths = [int(n) for n in rows["seq_len_kv"]]
     speedups = list(rows["speedup"])
     at = crossing(lengths, list(rows["seconds"]), list(rows["dense_seconds"]))
@@ -88,7 +108,20 @@ def _of_line(axes: dict[str, object], rows: pd.DataFrame) -> Crossover:
         last_speedup=float(speedups[-1]),
         dense=f"{last['dense_impl']}, {last['dense_precision']}",
         flagged=any(isinstance(f, str) and f for f in flags),
+        left_out=left_out,
     )
+
+
+def _left_out(rows: pd.DataFrame) -> tuple[str, ...]:
+    """The suspect times of a line and of its opponents, the shortest L first."""
+    found = []
+    for row, is_trusted in zip(frame.rows(rows), frame.trusted(rows), strict=True):
+        length = format_length(row["seq_len_kv"])
+        if not is_trusted:
+            found.append(f"DSA at {length}")
+        if isinstance(row["suspect_dense"], str):
+            found.append(f"{row['suspect_dense']} at {length}")
+    return tuple(found)
 
 
 def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) -> str:
@@ -98,6 +131,8 @@ def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) ->
     phases = [p for p in ("prefill", "decode", "train") if (rows["phase"] == p).any()]
     if not phases:
         return f"On {run_label} no case was measured."
+    if not (rows["op"] == "dsa").any():
+        return _without_dsa(run_label, rows)
     chosen = {p: choose([c for c in mine if c.axes["phase"] == p]) for p in phases}
     clauses = [
         _clause(phase, chosen[phase], chosen.get(previous or ""), rows)
@@ -106,17 +141,41 @@ def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) ->
     text = f"On {run_label}, {'; '.join(clauses)}."
     if any(c is not None and c.flagged for c in chosen.values()):
         text += " Some of these times carry a doubt flag: see the table."
+    lost = list(dict.fromkeys(one for c in chosen.values() if c is not None for one in c.left_out))
+    if lost:
+        more = f" and {len(lost) - MAX_NAMED} more" if len(lost) > MAX_NAMED else ""
+        text += f" Left out as suspect: {', '.join(lost[:MAX_NAMED])}{more}."
     return text
 
 
+def _without_dsa(run_label: str, rows: pd.DataFrame) -> str:
+    """What a run measured that asked for no DSA."""
+    timed = rows[rows["seconds"].notna()]
+    if timed.empty:
+        return f"On {run_label} no case has a time ({_endings(rows)})."
+    names = [str(op) for op in timed["op"].unique()]
+    if names == ["dense_attention"]:
+        return f"On {run_label}, dense attention was measured; no DSA beside it, so no crossover."
+    operators = "1 operator was" if len(names) == 1 else f"{len(names)} operators were"
+    return (
+        f"On {run_label}, {operators} measured: {', '.join(names)}; "
+        "no DSA beside dense attention, so no crossover."
+    )
+
+
+def _endings(rows: pd.DataFrame) -> str:
+    return ", ".join(f"{n} {status}" for status, n in rows["status"].value_counts().items())
+
+
 def choose(found: Sequence[Crossover]) -> Crossover | None:
-    """The line a headline speaks of: k = 2048 if it was measured, then the longest L, and so on."""
+    """The line a headline speaks of: of the default mode, k = 2048 if measured, the longest L, …"""
 
     def rank(c: Crossover) -> tuple[object, ...]:
         topk = c.axes["topk"]
-        compared = c.outcome != "no dense"
+        compared = c.is_compared
         return (
             compared,
+            _mode_rank(c),
             topk == HEADLINE_TOPK,
             c.last_length,
             _number(topk),
@@ -127,16 +186,25 @@ def choose(found: Sequence[Crossover]) -> Crossover | None:
     return max(found, key=rank, default=None)
 
 
+def _mode_rank(c: Crossover) -> int:
+    """3 for the mode that the phase has by default, 0 for the ones that answer other questions."""
+    mode = c.axes["asked_mode"]
+    if mode == AUTO_MODE:
+        return 3
+    usual = {"decode": "graph"}.get(str(c.axes["phase"]), "cold")
+    return 2 if mode == usual else int(mode in ("graph", "cold"))
+
+
 def _number(value: object) -> float:
     return float(value) if isinstance(value, Real) and value == value else 0.0
 
 
 def describe(crossover: Crossover) -> str:
-    """`k=2048, fp8`: the DSA that a sentence speaks of."""
-    topk = _number(crossover.axes["topk"])
-    return (
-        f"k={topk:.0f}, {crossover.axes['precision']}" if topk else str(crossover.axes["precision"])
-    )
+    """`k=2048, fp8`, and the mode if it was asked for: the DSA that a sentence speaks of."""
+    topk, mode = _number(crossover.axes["topk"]), crossover.axes["asked_mode"]
+    named = [f"k={topk:.0f}"] if topk else []
+    named.append(str(crossover.axes["precision"]))
+    return ", ".join(named + ([] if mode == AUTO_MODE else [str(mode)]))
 
 
 def where(crossover: Crossover) -> str:
@@ -156,6 +224,8 @@ def verdict(c: Crossover) -> str:
     match c.outcome:
         case "no dense":
             return "has no dense attention of the same shapes beside it"
+        case "suspect":
+            return "has no time beside dense attention that can be trusted"
         case "one length" if c.last_speedup > 1:
             return f"beats {dense} {only}: {times} as fast"
         case "one length":
@@ -180,8 +250,7 @@ def _clause(phase: str, c: Crossover | None, before: Crossover | None, rows: pd.
     ended = rows[(rows["phase"] == phase) & (rows["op"] == "dsa")]
     if ended.empty:
         return f"in {phase} no DSA case was asked for"
-    endings = ", ".join(f"{n} {status}" for status, n in ended["status"].value_counts().items())
-    return f"in {phase} no DSA case has a time ({endings})"
+    return f"in {phase} no DSA case has a time ({_endings(ended)})"
 
 
 def _same_opponents(a: Crossover, b: Crossover) -> bool:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from dsa_bench import doubt
+from dsa_bench.doubt import SEVERITIES
 from dsa_bench.record import STATUSES
-from dsa_bench.reports import crossover, frame, metrics
+from dsa_bench.reports import crossover, frame, metrics, spent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,8 @@ class Digest:
     crossovers: tuple[crossover.Crossover, ...]
     headlines: tuple[str, ...]
     """One sentence for each run."""
+    time_spent: tuple[str, ...]
+    """For each run where its wall time went; empty where that was not recorded."""
 
     @property
     def status_counts(self) -> dict[str, int]:
@@ -31,9 +35,28 @@ class Digest:
         return {name: int(counts[name]) for name in names if name in counts}
 
     @property
-    def num_flagged(self) -> int:
-        """Cases with a time that carries a reason for doubt."""
-        return int(((self.cases["flags"] != "") & (self.cases["status"] == "ok")).sum())
+    def health(self) -> dict[str, int]:
+        """How many cases are ok, noisy, suspect, invalid, or ended otherwise.
+
+        `ok` counts the cases whose time carries no doubt, so that the numbers add up to all cases.
+        """
+        doubts = self.cases["doubt"].value_counts()
+        found = {name: int(doubts[name]) for name in SEVERITIES if name in doubts}
+        counts = self.status_counts
+        if "ok" in counts:
+            found = {"ok": counts.pop("ok") - sum(found.values())} | found
+        return {name: count for name, count in (found | counts).items() if count}
+
+
+def flags_of(cases: pd.DataFrame) -> dict[str, str]:
+    """Each flag of these cases -> how much doubt it alone is, the worst first."""
+    found = dict.fromkeys(flag for row in frame.rows(cases) for flag in frame.flags_of(row))
+    judged = {flag: doubt.severity((flag,)) for flag in found}
+    return dict(sorted(judged.items(), key=lambda item: -_rank(item[1])))
+
+
+def _rank(severity: str) -> int:
+    return SEVERITIES.index(severity) if severity in SEVERITIES else -1
 
 
 def digest(runs: Sequence[frame.Run]) -> Digest:
@@ -49,4 +72,5 @@ def digest(runs: Sequence[frame.Run]) -> Digest:
         kernels=frame.kernels(runs),
         crossovers=found,
         headlines=tuple(crossover.headline(table, found, label) for label in labels),
+        time_spent=tuple(spent.sentence(run) for run in runs),
     )

@@ -1,15 +1,16 @@
 """Records as flat tables of cases, stages and kernels. The only place that flattens."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import pandas as pd
 
+from dsa_bench import doubt
 from dsa_bench.record import Record
+from dsa_bench.reports.pool import Pooled, pool
 from dsa_bench.reports.units import clean
-from dsa_bench.stats import median, median_interval
 
 DEFAULT_GPU_HOUR_USD = 2.0
 """Rental price that DeepSeek's own cost figure assumes; a run without a price takes it too."""
@@ -26,14 +27,16 @@ AXES = (
     "num_heads",
     "chunk",
     "seed",
+    "asked_mode",
 )
 """What tells one line over L from another."""
 
 CASE_COLUMNS = (
     *("run", "run_label", "machine", "device", "started", "gpu_hour_usd", "key"),
     *("op", "impl", "phase", "seq_len_kv", "seq_len_q", "chunk", "topk", "precision"),
-    *("batch_size", "num_heads", "preset", "seed", "status", "reason", "flags"),
-    *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high"),
+    *("batch_size", "num_heads", "preset", "seed", "asked_mode", "status", "reason"),
+    *("flags", "doubt", "replicates"),
+    *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high", "joules_per_call"),
     *("flops", "bytes_read", "bytes_written"),
     *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes", "predicted_bytes"),
     *("dense_error", "reproduce"),
@@ -54,12 +57,16 @@ class Run(Protocol):
 
 
 def cases(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a case, in the order of the records; of a case that ended twice the last ending."""
+    """One row a case, its replicates pooled, in the order of the records.
+
+    `asked_mode` is the mode that was asked for, `mode` the one that was used. `doubt` is empty,
+    `noisy`, `suspect` or `invalid`, and empty where there is no time.
+    """
     labels = run_labels(runs)
     made = [
-        _case_row(index, run, labels[index], record)
+        _case_row(index, run, labels[index], pooled)
         for index, run in enumerate(runs)
-        for record in _last_endings(run.records)
+        for pooled in pool(run.records)
     ]
     table = pd.DataFrame(made, columns=list(CASE_COLUMNS))
     table["chunk"] = _chunks(table)
@@ -70,14 +77,14 @@ def stages(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a stage of an `ok` case, in the order in which the stages run."""
     made = [
         {
-            **{"run": index, "key": record.case.key, "stage": clean(stage.name)},
+            **{"run": index, "key": case.first.case.key, "stage": clean(stage.name)},
             **{"impl": clean(stage.impl), "seconds": stage.seconds, "flops": stage.flops},
             **{"bytes_read": stage.bytes_read, "bytes_written": stage.bytes_written},
         }
         for index, run in enumerate(runs)
-        for record in _last_endings(run.records)
-        if record.status == "ok"
-        for stage in record.stages
+        for case in pool(run.records)
+        if case.status == "ok"
+        for stage in case.stages
     ]
     return pd.DataFrame(made, columns=list(STAGE_COLUMNS))
 
@@ -86,13 +93,13 @@ def kernels(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a kernel of an `ok` case."""
     made = [
         {
-            **{"run": index, "key": record.case.key, "stage": clean(kernel.stage)},
+            **{"run": index, "key": case.first.case.key, "stage": clean(kernel.stage)},
             **{"kernel": clean(kernel.name), "calls": kernel.calls, "seconds": kernel.seconds},
         }
         for index, run in enumerate(runs)
-        for record in _last_endings(run.records)
-        if record.status == "ok"
-        for kernel in record.kernels
+        for case in pool(run.records)
+        if case.status == "ok"
+        for kernel in case.kernels
     ]
     return pd.DataFrame(made, columns=list(KERNEL_COLUMNS))
 
@@ -131,31 +138,48 @@ def price_text(row: Any) -> str:
     return f"${row['gpu_hour_usd']:g} per {kind}-hour"
 
 
-def _last_endings(records: Sequence[Record]) -> list[Record]:
-    last = {record.case.key: record for record in records}
-    return list(last.values())
+def flags_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The flags of a row of cases."""
+    return tuple(flag for flag in str(row["flags"] or "").split(", ") if flag)
 
 
-def _case_row(index: int, run: Run, label: str, record: Record) -> dict[str, Any]:
-    case, header = record.case, run.header
+def trusted(table: pd.DataFrame) -> pd.Series:
+    """Rows whose time may enter a comparison: neither suspect nor invalid."""
+    return ~table["doubt"].isin(["suspect", "invalid"])
+
+
+def _case_row(index: int, run: Run, label: str, pooled: Pooled) -> dict[str, Any]:
+    case, header = pooled.first.case, run.header
+    fields = case.to_json()
+    asked_mode = fields.pop("mode")
     row: dict[str, Any] = {
-        **case.to_json(),
+        **fields,
         **{"run": index, "run_label": label, "machine": machine_name(header)},
         "device": str(header.get("machine", {}).get("device") or ""),
         "started": str(header.get("started") or ""),
         "gpu_hour_usd": gpu_hour_usd(header),
-        **{"key": case.key, "impl": case.impl_label, "status": record.status},
-        **{"reason": record.reason, "flags": ", ".join(record.flags)},
-        "reproduce": record.reproduce,
+        **{"key": case.key, "impl": case.impl_label, "asked_mode": asked_mode},
+        **{"status": pooled.status, "reason": pooled.reason, "doubt": ""},
+        # a comma ends a flag's name
+        "flags": ", ".join(flag.replace(",", ";") for flag in pooled.flags),
+        **{"replicates": len(pooled.replicates), "reproduce": pooled.first.reproduce},
     }
-    row = {k: clean(v) if isinstance(v, str) else v for k, v in row.items()}
-    if record.status != "ok":
-        return row
-    if record.time and record.time.seconds:
-        low, high = median_interval(record.time.seconds)
-        row |= {"mode": record.time.mode, "stop": record.time.stop}
-        row |= {"samples": len(record.time.seconds), "seconds": median(record.time.seconds)}
-        row |= {"seconds_low": low, "seconds_high": high}
+    if pooled.status == "ok":
+        row |= _measured(pooled)
+    return {k: clean(v) if isinstance(v, str) else v for k, v in row.items()}
+
+
+def _measured(pooled: Pooled) -> dict[str, Any]:
+    """What an `ok` case has beside its names: time, cost, memory."""
+    row: dict[str, Any] = {}
+    record, timings = pooled.first, pooled.timings
+    estimate = pooled.estimate
+    if estimate:
+        row |= {"mode": _joined(t.mode for t in timings), "stop": _joined(t.stop for t in timings)}
+        row |= {"samples": sum(len(t.seconds) for t in timings)}
+        row |= {"seconds": estimate.middle, "seconds_low": estimate.low}
+        row |= {"seconds_high": estimate.high, "doubt": doubt.severity(pooled.flags)}
+        row |= {"joules_per_call": pooled.joules_per_call}
     row |= {k: record.cost.get(k) for k in ("flops", "bytes_read", "bytes_written")}
     if record.memory:
         row |= {
@@ -164,6 +188,10 @@ def _case_row(index: int, run: Run, label: str, record: Record) -> dict[str, Any
         }
     row["dense_error"] = _dense_error(record.gate.get("dense_error"))
     return row
+
+
+def _joined(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values))
 
 
 def _dense_error(value: Any) -> float | None:

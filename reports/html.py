@@ -11,9 +11,10 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
-from dsa_bench import __version__
+from dsa_bench import __version__, doubt
 from dsa_bench.reports import crossover, frame, tables, units, vega
 from dsa_bench.reports.chart import PALETTE, Figure, color
+from dsa_bench.reports.details import MEASURED_TITLES, details, strip
 from dsa_bench.reports.digest import Digest, digest
 from dsa_bench.reports.figures import figures
 from dsa_bench.reports.metrics import METRICS
@@ -37,7 +38,8 @@ GLOSSARY = (
     (
         "dense",
         "Attention over all tokens at the same model dimensions. A speed-up is over the fastest "
-        "dense implementation with status ok, of the same shape, in the same run.",
+        "dense implementation with status ok and a time that isn't suspect, of the same shape and "
+        "mode, in the same run.",
     ),
     ("speed-up", "Time of that dense attention divided by the time of DSA."),
     (
@@ -48,7 +50,7 @@ GLOSSARY = (
     (
         "time",
         "Median of one call of one layer. ± is half the 95 % interval of the median, from order "
-        "statistics.",
+        "statistics that count samples which follow each other for less than independent ones.",
     ),
     (
         "$/M tokens",
@@ -66,7 +68,21 @@ GLOSSARY = (
         "The least time that FLOPs and bytes allow on this machine (its measured rates), divided "
         "by the time.",
     ),
-    ("⚑", "The time carries a reason for doubt; point at it to read the reason."),
+    (
+        "⚑, ✗",
+        "The time carries a reason for doubt: noisy times (⚑) count, suspect and invalid ones (✗) "
+        "stand in the table alone and enter no speed-up, cost, crossover or headline. Open the row "
+        "to read why and what to do.",
+    ),
+    (
+        "mode",
+        f"How it was timed. {'; '.join(f'{m}: {t}' for m, t in tables.MODE_MEANINGS.items())}.",
+    ),
+    (
+        "processes",
+        "Fresh processes that repeated the case. The time is pooled over them, and ± covers how "
+        "they differ.",
+    ),
     (
         "status",
         "ok: right and timed. wrong: the output is not right. failed, oom, timeout: no output. "
@@ -97,9 +113,16 @@ def page(report: Digest) -> str:
         policy=_policy(scripts),
         style=Markup(f"{_palette_css()}\n{_asset('report.css')}"),
         scripts=[Markup(script) for script in scripts],
-        data=_embed({"specs": specs, "config": vega.config(), "details": _details(report)}),
+        data=_embed(
+            {
+                **{"specs": specs, "config": vega.config(), "strip": strip()},
+                **{"details": details(report), "measured": MEASURED_TITLES},
+            }
+        ),
         report=report,
         tiles=_tiles(report),
+        spent=tables.time_spent(report),
+        doubts=tables.doubt_notes(report.cases),
         groups=_groups(drawn),
         static={f.name: _static(specs[f.name]) for f in drawn[:NUM_STATIC] if f.is_lead},
         table=_table(report),
@@ -190,7 +213,7 @@ def _tiles(report: Digest) -> list[dict[str, str]]:
                 if (c.axes["run_label"], c.axes["phase"]) == (label, phase)
             ]
             chosen = crossover.choose(found)
-            if chosen is None or chosen.outcome == "no dense":
+            if chosen is None or not chosen.is_compared:
                 continue
             tiles.append(_tile(label if len(report.labels) > 1 else "", chosen))
     return tiles
@@ -232,7 +255,8 @@ def _table(report: Digest) -> dict[str, Any]:
         {
             "id": f"{row['run']}-{row['key']}",
             "status": row["status"],
-            "flags": row["flags"],
+            "doubt": row["doubt"],
+            "title": doubt.explain(frame.flags_of(row)).replace("\n", " · "),
             "reproduce": row["reproduce"],
             "cells": [_cell(column, row) for column in columns],
         }
@@ -247,25 +271,6 @@ def _cell(column: tables.Column, row: Mapping[str, Any]) -> dict[str, Any]:
     key = "" if units.is_missing(value) or not column.is_number else f"{float(value):.6g}"
     text = tables.cell_text(column, dict(row))
     return {"text": text, "key": key, "number": column.is_number, "name": column.name}
-
-
-def _details(report: Digest) -> dict[str, Any]:
-    """Stages and kernels of each case, shown when a row is opened."""
-    details: dict[str, Any] = {}
-    for row in frame.rows(report.stages):
-        entry = details.setdefault(f"{row['run']}-{row['key']}", {"stages": [], "kernels": []})
-        entry["stages"].append(
-            [
-                *(row["stage"], row["impl"], units.format_seconds(row["seconds"])),
-                *(units.format_share(row["share"]), units.format_flops(row["flops_per_second"])),
-                units.format_bandwidth(row["bytes_per_second"]),
-            ]
-        )
-    for row in frame.rows(report.kernels):
-        entry = details.setdefault(f"{row['run']}-{row['key']}", {"stages": [], "kernels": []})
-        calls, seconds = units.format_number(row["calls"]), units.format_seconds(row["seconds"])
-        entry["kernels"].append([row["kernel"], row["stage"], calls, seconds])
-    return details
 
 
 def _lost(report: Digest) -> list[dict[str, Any]]:

@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-from dsa_bench.record import PHASES
+from dsa_bench.record import AUTO_MODE, PHASES
 from dsa_bench.reports import crossover, frame, units
 from dsa_bench.reports.digest import Digest
 from dsa_bench.reports.metrics import SHAPE
 
 MAX_LINES = 8
 """More lines than this are hard to tell apart: the figure is split."""
-SPLIT_ORDER = ("preset", "num_heads", "chunk", "batch_size", "seed")
+SPLIT_ORDER = ("preset", "num_heads", "chunk", "batch_size", "seed", "asked_mode")
 """Axes by which a figure is split, the first that varies first; run and phase always split."""
-PANEL_AXES = ("run_label", "preset", "num_heads", "chunk", "batch_size", "seed")
+PANEL_AXES = ("run_label", "preset", "num_heads", "chunk", "batch_size", "seed", "asked_mode")
 """Axes that DSA and dense attention have in common."""
 PHASE_RANKS = {phase: rank for rank, phase in enumerate(PHASES)}
 STYLES = ("solid", "dashed", "dashdot", "dotted")
@@ -230,6 +230,8 @@ def _axis_text(axis: str, value: Any) -> str:
             return f"{value} queries" if value else "whole prompts"
         case "seed":
             return f"seed {value}"
+        case "asked_mode":
+            return "default mode" if value == AUTO_MODE else str(value)
         case _:
             return str(value)
 

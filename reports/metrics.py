@@ -1,5 +1,6 @@
 """Columns that are derived where they are shown: each a name, unit, direction and formula."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,13 @@ from dsa_bench import cost
 from dsa_bench.preset import PRESETS
 from dsa_bench.reports import frame
 
-SHAPE = ("run", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads", "preset")
+SHAPE = (
+    *("run", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads", "preset"),
+    "asked_mode",
+)
 """A dense case is the opponent of a DSA case if these agree; ratios count only within one run."""
+SUSTAINED = "sustained_"
+"""Begins the name of a rate that the machine keeps up when it is hot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +49,9 @@ def stages(runs: Sequence[frame.Run], table: pd.DataFrame) -> pd.DataFrame:
     cases_of = table.assign(
         case_impl=table["impl"], case_op=table["op"], case_seconds=table["seconds"]
     )
-    joined = frame.stages(runs).merge(
-        cases_of[[*keep, "case_impl", "case_op", "case_seconds"]], on=["run", "key"], how="inner"
-    )
+    # a doubt about the call is one about its stages: they ran on the same machine just then
+    keep += ["case_impl", "case_op", "case_seconds", "flags", "doubt"]
+    joined = frame.stages(runs).merge(cases_of[keep], on=["run", "key"], how="inner")
     total = joined.groupby(["run", "key"])["seconds"].transform("sum")
     joined["share"] = joined["seconds"] / total.where(total > 0)
     joined["flops_per_second"] = _rate(joined["flops"], joined["seconds"])
@@ -61,7 +67,20 @@ def layers(preset: str) -> int | None:
 
 
 def ceilings(header: Mapping[str, Any]) -> dict[str, float]:
-    """Measured rates of the machine, under the names that `cost.floor_seconds` reads."""
+    """Measured rates of the machine, under the names that `cost.floor_seconds` reads.
+
+    Those of a short burst: a sustained rate is no limit, so a floor from it would not be one.
+    """
+    return {k: v for k, v in _all_ceilings(header).items() if not k.startswith(SUSTAINED)}
+
+
+def sustained_ceilings(header: Mapping[str, Any]) -> dict[str, float]:
+    """The rates that the machine kept up for seconds, under the names of the burst ones."""
+    found = _all_ceilings(header)
+    return {k.removeprefix(SUSTAINED): v for k, v in found.items() if k.startswith(SUSTAINED)}
+
+
+def _all_ceilings(header: Mapping[str, Any]) -> dict[str, float]:
     found = {k: v for k, v in (header.get("ceilings") or {}).items() if isinstance(v, int | float)}
     return {
         f"{k}_per_second" if k.endswith("_flops") else k: float(v)
@@ -77,10 +96,15 @@ def _rate(amount: pd.Series, seconds: pd.Series) -> pd.Series:
 
 
 def _add_dense(table: pd.DataFrame) -> pd.DataFrame:
-    """Beside each DSA case: time, interval and name of the fastest `ok` dense case of its shape."""
-    table["seconds"] = pd.to_numeric(table["seconds"])
+    """Beside each DSA case: time, interval and name of the fastest `ok` dense case of its shape.
+
+    What is suspect is no opponent, however fast; `suspect_dense` names the fastest such case if it
+    would have been the opponent.
+    """
+    for name in ("seconds", "seconds_low", "seconds_high"):
+        table[name] = pd.to_numeric(table[name])
     dense = table[(table["op"] == "dense_attention") & table["seconds"].notna()]
-    best = dense.sort_values("seconds", kind="stable").drop_duplicates(list(SHAPE))
+    is_trusted = frame.trusted(dense)
     columns = {
         "seconds": "dense_seconds",
         "seconds_low": "dense_low",
@@ -88,13 +112,32 @@ def _add_dense(table: pd.DataFrame) -> pd.DataFrame:
         "impl": "dense_impl",
         "precision": "dense_precision",
         "flags": "dense_flags",
+        "doubt": "dense_doubt",
     }
-    beside = best[[*SHAPE, *columns]].rename(columns=columns)
+    beside = _fastest(dense[is_trusted])[[*SHAPE, *columns]].rename(columns=columns)
     merged = table.merge(beside, on=list(SHAPE), how="left", validate="many_to_one")
-    merged.loc[merged["op"] != "dsa", list(columns.values())] = None
+    suspects = _fastest(dense[~is_trusted])[[*SHAPE, "seconds", "impl"]]
+    suspects = suspects.rename(columns={"seconds": "suspect_seconds", "impl": "suspect_dense"})
+    merged = merged.merge(suspects, on=list(SHAPE), how="left", validate="many_to_one")
+    for name in ("dense_seconds", "dense_low", "dense_high", "suspect_seconds"):
+        merged[name] = pd.to_numeric(merged[name])
+    # False also where there is no suspect; a suspect without a rival would have been the opponent
+    is_beaten = ~(merged["suspect_seconds"] < merged["dense_seconds"].fillna(math.inf))
+    is_other = merged["op"] != "dsa"
+    merged["suspect_dense"] = merged["suspect_dense"].astype(object).mask(is_beaten | is_other)
+    merged.loc[is_other, list(columns.values())] = None
     for name in ("dense_seconds", "dense_low", "dense_high"):
         merged[name] = pd.to_numeric(merged[name])
-    return merged
+    return merged.drop(columns="suspect_seconds")
+
+
+def _fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values("seconds", kind="stable").drop_duplicates(list(SHAPE))
+
+
+def _trusted_seconds(table: pd.DataFrame) -> pd.Series:
+    """Times from which something may be derived."""
+    return table["seconds"].where(frame.trusted(table))
 
 
 def _floor_seconds(table: pd.DataFrame, runs: Sequence[frame.Run]) -> pd.Series:
@@ -111,7 +154,9 @@ def _floor(row: Mapping[str, Any], limits: Mapping[str, float]) -> float | None:
     # below the fp8 rate that nobody measured, a floor would not be one
     if row["precision"] == "fp8" and "fp8_flops_per_second" not in limits:
         return None
-    return cost.floor_seconds(needed, limits, row["precision"])
+    # nobody flushes the caches of a CPU: its inputs lie as in `warm`
+    mode = "warm" if row["mode"] == "cpu" else str(row["mode"])
+    return cost.floor_seconds(needed, limits, row["precision"], mode)
 
 
 def _tokens(table: pd.DataFrame) -> pd.Series:
@@ -142,8 +187,8 @@ METRICS = (
         name="seconds_per_token",
         unit="s",
         better="lower",
-        formula="median seconds ÷ tokens, one layer",
-        compute=lambda t: t["seconds"] / t["tokens"],
+        formula="median seconds ÷ tokens, one layer; not of a suspect time",
+        compute=lambda t: _trusted_seconds(t) / t["tokens"],
     ),
     Metric(
         name="usd_per_million_tokens",
@@ -151,6 +196,13 @@ METRICS = (
         better="lower",
         formula="USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶ (attention only)",
         compute=_usd,
+    ),
+    Metric(
+        name="joules_per_token",
+        unit="J",
+        better="lower",
+        formula="energy of the whole card in one call ÷ tokens, one layer; mode sustained alone",
+        compute=lambda t: pd.to_numeric(t["joules_per_call"]).where(frame.trusted(t)) / t["tokens"],
     ),
     Metric(
         name="flops_per_second",
@@ -170,8 +222,9 @@ METRICS = (
         name="speedup",
         unit="×",  # noqa: RUF001
         better="higher",
-        formula="seconds of the fastest ok dense attention (same shape, same run) ÷ seconds",
-        compute=lambda t: t["dense_seconds"] / t["seconds"],
+        formula="seconds of the fastest ok dense attention (same shape, mode and run) ÷ seconds; "
+        "no suspect time on either side",
+        compute=lambda t: t["dense_seconds"] / _trusted_seconds(t),
     ),
     Metric(
         name="floor_share",

@@ -23,7 +23,9 @@ from dsa_bench.reports.chart import (
     Series,
     axis_share,
     color,
+    joined,
     label_heights,
+    level_style,
     marker,
     ticks,
     x_domain,
@@ -38,6 +40,7 @@ DPI = 150
 CAPTION_WIDTH = 135
 """Characters of a line of the caption."""
 MARKERS = {"circle": "o", "square": "s", "triangle-up": "^", "diamond": "D"}
+HATCH = "///"
 LABEL_GAP = 0.058
 """Least distance of two labels as a share of the height: one line of text."""
 STYLE: dict[Any, Any] = {
@@ -87,7 +90,8 @@ def _draw(figure: Figure) -> Canvas:
         color=color("muted"),
         pad=26 if figure.kind == "bars" else 8,
     )
-    caption = textwrap.fill(figure.answer, CAPTION_WIDTH)
+    texts = filter(None, (figure.answer, figure.doubt_note))
+    caption = "\n".join(textwrap.fill(text, CAPTION_WIDTH) for text in texts)
     canvas.supxlabel(caption, x=0.012, ha="left", fontsize=7.5, color=color("muted"))
     _frame(axes, figure)
     if figure.kind == "bars":
@@ -154,7 +158,7 @@ def _lines(axes: Axes, figure: Figure) -> None:
 
 
 def _line(axes: Axes, series: Series) -> None:
-    xs, ys = [p.x for p in series.points], [p.y for p in series.points]
+    xs, ys = [p.x for p in joined(series)], [p.y for p in joined(series)]
     shade = color(series.role)
     dashes = DASHES[series.style]
     is_bare = series.shape == "line"
@@ -167,11 +171,11 @@ def _line(axes: Axes, series: Series) -> None:
         if point.low is not None and point.high is not None:
             axes.plot([point.x] * 2, [point.low, point.high], color=shade, linewidth=1.2, zorder=3)
         axes.plot(
-            *(point.x, point.y, MARKERS[marker(series)]),
+            *(point.x, point.y, MARKERS[marker(series)] if point.is_trusted else "x"),
             color=shade,
-            # a time in doubt is hollow
-            markerfacecolor=color("paper") if point.flags else shade,
-            markersize=6,
+            markerfacecolor=color("paper") if point.doubt else shade,
+            markersize=6 if point.is_trusted else 7.5,
+            markeredgewidth=1.0 if point.is_trusted else 2.0,
             clip_on=False,
             zorder=4,
         )
@@ -181,7 +185,8 @@ def _level(axes: Axes, figure: Figure, mark: Mark) -> None:
     assert mark.y is not None
     if figure.is_lead:
         axes.axhspan(mark.y, y_domain(figure)[1], color=color("win"), alpha=0.07, linewidth=0)
-    style = "-" if figure.is_lead else "--"
+    dashes = DASHES[level_style(figure, mark)]
+    style = (0, dashes) if dashes else "-"
     axes.axhline(mark.y, color=color("ink"), linewidth=1.0, linestyle=style, zorder=2)
     axes.annotate(
         mark.label,
@@ -266,12 +271,17 @@ def _bars(axes: Axes, figure: Figure) -> None:
             color=shade,
             edgecolor=color("paper"),
             linewidth=0.6,
+            hatch=[HATCH if p.doubt else "" for p in series.points],
             label=series.label,
         )
         for point in series.points:
             bottom[point.x] += point.y
     axes.xaxis.set_major_locator(FixedLocator(list(place.values())))
     axes.set_xticklabels([units.format_length(n) for n in place])
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
     # in the order of the figure; matplotlib would put loose points before bars
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: isinstance(handles[i], Line2D))

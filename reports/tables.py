@@ -12,12 +12,25 @@ from typing import Any
 
 import pandas as pd
 
+from dsa_bench import doubt
+from dsa_bench.record import AUTO_MODE
 from dsa_bench.reports import frame, units
-from dsa_bench.reports.digest import Digest, digest
+from dsa_bench.reports.digest import Digest, digest, flags_of
 from dsa_bench.reports.lines import PHASE_RANKS
 
-FLAG_MARK = "⚑"
+MARKS = {"noisy": "⚑", "suspect": "✗", "invalid": "✗"}
 """Stands behind a time that is in doubt."""
+MARK_MEANINGS = {
+    "⚑": "noisy: counts, with care",
+    "✗": "suspect or invalid: no part of speed-up, cost or headline",
+}
+MODE_MEANINGS = {
+    "cold": "L2 flushed before each call",
+    "warm": "L2 not flushed",
+    "graph": "replay of a CUDA graph, L2 flushed",
+    "sustained": "calls back to back",
+    "cpu": "host clock",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +69,23 @@ COLUMNS = (
     Column(name="impl", title="implementation", text=_plain, is_number=False),
     Column(name="precision", title="precision", text=_plain, is_number=False),
     Column(name="seq_len_kv", title="L", text=units.format_length, help="1K = 1024 tokens"),
-    Column(name="topk", title="k", text=units.format_number),
+    Column(name="topk", title="k", text=units.format_number, help="tokens selected"),
     Column(name="batch_size", title="batch", text=units.format_number, optional=True),
     Column(name="seq_len_q", title="queries", text=units.format_number, optional=True),
     Column(name="num_heads", title="heads", text=units.format_number, optional=True),
     Column(name="seed", title="seed", text=units.format_number, optional=True),
+    Column(name="mode", title="mode", text=_plain, is_number=False, optional=True,
+           help="how it was timed"),
     Column(name="status", title="status", text=_plain, is_number=False),
     Column(name="seconds", title="time", text=units.format_seconds, help="median of one call"),
     Column(name="spread", title="±", text=units.format_spread, help="half the 95 % interval"),
+    Column(name="replicates", title="processes", text=units.format_number, optional=True,
+           help="fresh processes that timed it"),
     Column(name="speedup", title="speed-up", text=units.format_ratio, help="over fastest dense"),
     Column(name="usd_per_million_tokens", title="$/M tokens", text=units.format_usd,
            help="attention only"),
+    Column(name="joules_per_token", title="energy/token", text=units.format_joules, optional=True,
+           help="of the whole card, one layer"),
     Column(name="flops_per_second", title="FLOP rate", text=units.format_flops),
     Column(name="bytes_per_second", title="traffic", text=units.format_bandwidth),
     Column(name="floor_share", title="of floor", text=units.format_share, optional=True,
@@ -79,19 +98,43 @@ COLUMNS = (
 
 TERMINAL_COLUMNS = (
     *("run_label", "preset", "op", "impl", "precision", "seq_len_kv", "topk", "batch_size"),
-    *("num_heads", "status", "seconds", "spread", "speedup", "usd_per_million_tokens"),
-    *("flops_per_second", "bytes_per_second", "peak_bytes", "reason"),
+    *("num_heads", "mode", "status", "seconds", "spread", "speedup", "usd_per_million_tokens"),
+    *("joules_per_token", "flops_per_second", "bytes_per_second", "peak_bytes", "reason"),
 )
 
 CSV_COLUMNS = (
     *("run_label", "started", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "topk"),
-    *("precision", "batch_size", "num_heads", "preset", "seed", "status", "reason", "flags"),
-    *("mode", "samples", "seconds", "seconds_low", "seconds_high", "tokens", "seconds_per_token"),
-    *("gpu_hour_usd", "usd_per_million_tokens", "speedup", "dense_impl", "dense_precision"),
+    *("precision", "batch_size", "num_heads", "preset", "seed", "asked_mode", "status", "reason"),
+    *(
+        "flags",
+        "doubt",
+        "mode",
+        "replicates",
+        "samples",
+        "seconds",
+        "seconds_low",
+        "seconds_high",
+        "tokens",
+        "seconds_per_token",
+    ),
+    *(
+        "gpu_hour_usd",
+        "usd_per_million_tokens",
+        "joules_per_token",
+        "speedup",
+        "dense_impl",
+        "dense_precision",
+    ),
     *("flops", "bytes_read", "bytes_written", "flops_per_second", "bytes_per_second"),
     *("floor_seconds", "floor_share", "peak_bytes", "input_bytes", "output_bytes"),
     *("workspace_bytes", "predicted_bytes", "dense_error", "key", "reproduce"),
 )
+
+
+TELLING_IF_VARIED = (
+    *("run_label", "preset", "batch_size", "seq_len_q", "num_heads", "seed", "mode", "replicates"),
+)
+"""Optional columns that say nothing where all rows have the same value."""
 
 
 def terminal_rows(runs: Sequence[frame.Run]) -> tuple[Table, ...]:
@@ -108,9 +151,16 @@ def phase_tables(report: Digest, names: Sequence[str]) -> tuple[Table, ...]:
 
 
 def with_spread(cases: pd.DataFrame) -> pd.DataFrame:
-    """The cases with the column `spread`: half the interval of the median as a share of it."""
+    """The cases with the column `spread`: half the interval of the median as a share of it.
+
+    A case without a time shows the mode that it was asked in.
+    """
     half = (cases["seconds_high"] - cases["seconds_low"]) / 2
-    return cases.assign(spread=pd.to_numeric(half) / cases["seconds"])
+    asked = cases["asked_mode"].mask(cases["asked_mode"] == AUTO_MODE)
+    return cases.assign(
+        spread=pd.to_numeric(half) / cases["seconds"],
+        mode=cases["mode"].where(cases["mode"].notna(), asked),
+    )
 
 
 def sorted_cases(cases: pd.DataFrame) -> pd.DataFrame:
@@ -134,44 +184,65 @@ def visible_columns(rows: pd.DataFrame, names: Sequence[str]) -> tuple[Column, .
 
 def _tells(name: str, values: pd.Series) -> bool:
     present = values[values.notna() & (values != "")]
-    is_axis = name in ("run_label", "preset", "batch_size", "seq_len_q", "num_heads", "seed")
-    return present.nunique() > (1 if is_axis else 0)
+    return present.nunique() > (1 if name in TELLING_IF_VARIED else 0)
 
 
 def cell_text(column: Column, row: dict[str, Any]) -> str:
     """The text of one cell; a time in doubt bears a mark."""
     value = row[column.name]
     text = units.MISSING if units.is_missing(value) else column.text(value)
-    marked = column.name == "seconds" and row["flags"] and not units.is_missing(value)
-    return f"{text} {FLAG_MARK}" if marked else text
+    mark = MARKS.get(row["doubt"], "") if column.name == "seconds" else ""
+    return f"{text} {mark}" if mark else text
 
 
 def _table(phase: str, rows: pd.DataFrame, names: Sequence[str]) -> Table:
     columns = visible_columns(rows, names)
     records = frame.rows(rows)
-    flagged = sorted({str(row["flags"]) for row in records if row["flags"]})
-    notes = [f"{FLAG_MARK} in doubt: {units.clean('; '.join(flagged))}"] if flagged else []
     return Table(
         title=units.clean(phase),
         columns=columns,
         rows=tuple(tuple(cell_text(c, row) for c in columns) for row in records),
-        notes=tuple(notes),
+        notes=(*_mode_notes(rows), *doubt_notes(rows)),
     )
+
+
+def _mode_notes(rows: pd.DataFrame) -> list[str]:
+    """How the times of a table were taken: no time stands without its mode."""
+    modes = [str(mode) for mode in rows["mode"][rows["seconds"].notna()].unique()]
+    named = [f"{m} ({MODE_MEANINGS[m]})" if m in MODE_MEANINGS else m for m in modes]
+    return [f"timed in mode {', '.join(named)}"] if named else []
+
+
+def doubt_notes(rows: pd.DataFrame) -> list[str]:
+    """What each mark means, then each flag that occurs: its meaning and what to do, once."""
+    timed = rows[rows["seconds"].notna()]
+    marks = dict.fromkeys(MARKS[name] for name in timed["doubt"] if name in MARKS)
+    notes = [f"{mark} {MARK_MEANINGS[mark]}" for mark in sorted(marks)]
+    for flag, severity in flags_of(timed).items():
+        notes.append(f"{MARKS.get(severity, '')} {flag_text(flag)}".strip())
+    return notes
+
+
+def flag_text(flag: str) -> str:
+    """`drift: the rule that it broke (what to do)`."""
+    return units.clean(doubt.explain((flag,)))
 
 
 def markdown(report: Digest) -> str:
     """Headlines, one table a phase, and what the columns mean."""
     parts = ["# dsa-bench report"]
     parts += [f"**{escape_markdown(line)}**" for line in report.headlines]
+    parts += [escape_markdown(line) for line in time_spent(report)]
     names = [column.name for column in COLUMNS if column.name != "phase"]
     for table in phase_tables(report, names):
         parts.append(f"## {escape_markdown(table.title)}")
         parts.append(_markdown_table(table))
-        parts += [escape_markdown(note) for note in table.notes]
+        # one paragraph, a line each
+        parts += ["  \n".join(escape_markdown(note) for note in table.notes)] * bool(table.notes)
     parts.append(
         "L: 1K = 1024 tokens. time: median of one call of one layer. ±: half the 95 % interval of "
         "the median. "
-        "speed-up: over the fastest dense attention of the same shape in the same run. "
+        "speed-up: over the fastest dense attention of the same shape and mode in the same run. "
         "$/M tokens: USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶, attention only."
     )
     return "\n\n".join(parts) + "\n"
@@ -180,6 +251,16 @@ def markdown(report: Digest) -> str:
 def write_markdown(runs: Sequence[frame.Run], path: Path) -> None:
     """Write the report as Markdown."""
     path.write_text(markdown(digest(runs)), encoding="utf-8")
+
+
+def time_spent(report: Digest) -> list[str]:
+    """Where the wall time of each run went, with the run's name where there are several."""
+    many = len(report.runs) > 1
+    return [
+        f"{label}, {line}" if many else line
+        for label, line in zip(report.labels, report.time_spent, strict=True)
+        if line
+    ]
 
 
 def _markdown_table(table: Table) -> str:

@@ -55,6 +55,11 @@ def format_usd(value: float | None) -> str:
     return MISSING if value is None or is_missing(value) else f"${three_figures(value)}"
 
 
+def format_joules(value: float | None) -> str:
+    """Three figures: 12.1 µJ."""
+    return _scaled(value, (("J", 1.0), ("mJ", 1e-3), ("µJ", 1e-6), ("nJ", 1e-9)))
+
+
 def format_ratio(value: float | None) -> str:
     """Three figures with the sign: 4.36 times."""
     return MISSING if value is None or is_missing(value) else f"{three_figures(value)}×"  # noqa: RUF001

@@ -11,6 +11,7 @@ from dsa_bench.reports.chart import (
     Series,
     axis_share,
     label_heights,
+    level_style,
     marker,
     ticks,
     x_domain,
@@ -118,7 +119,8 @@ def _rows(series: Series) -> list[dict[str, Any]]:
                 f"{units.format_seconds(point.low)} to {units.format_seconds(point.high)}"
             )
         row |= {"note": point.note} if point.note else {}
-        row |= {"doubt": point.flags} if point.flags else {}
+        row |= {"doubt": f"{point.doubt}: {point.flags}"} if point.doubt else {}
+        row |= {} if point.is_trusted else {"apart": 1}
         rows.append(row)
     return rows
 
@@ -166,7 +168,11 @@ def _line(
     wide = 2 if series.shape == "line" or series.role.startswith("dense") else 2.75
     path: dict[str, Any] = {"type": "line", "strokeWidth": wide, "color": color}
     path |= {"strokeCap": "round", "strokeDash": list(DASHES[series.style])}
-    layers: list[dict[str, Any]] = [{"data": data, "mark": path, "encoding": {"x": x, "y": y}}]
+    lone = any("apart" in row for row in rows)
+    trusted: dict[str, Any] = {"transform": [{"filter": "!isValid(datum.apart)"}]} if lone else {}
+    layers: list[dict[str, Any]] = [
+        {"data": data, **trusted, "mark": path, "encoding": {"x": x, "y": y}}
+    ]
     if series.shape == "line":
         return layers
     if any("low" in row for row in rows):
@@ -175,10 +181,16 @@ def _line(
         layers.append({"data": data, "mark": rule, "encoding": ends})
     point = {"type": "point", "shape": marker(series), "size": 70, "color": color}
     point |= {"strokeWidth": 2, "opacity": 1}
-    # a time in doubt is hollow
+    # a noisy time is hollow, a suspect one a cross
     fill = {"condition": {"test": "isValid(datum.doubt)", "value": "@paper"}, "value": color}
     encoding = {"x": x, "y": y, "fill": fill, "tooltip": _tooltip(rows)}
-    return [*layers, {"data": data, "mark": point, "encoding": encoding}]
+    layers.append({"data": data, **trusted, "mark": point, "encoding": encoding})
+    if lone:
+        cross = {"type": "text", "text": "✕", "fontSize": 15, "fontWeight": 700, "color": color}
+        suspects = [{"filter": "isValid(datum.apart)"}]
+        encoding = {"x": x, "y": y, "tooltip": _tooltip(rows)}
+        layers.append({"data": data, "transform": suspects, "mark": cross, "encoding": encoding})
+    return layers
 
 
 def _level(figure: Figure, mark: Mark, y: dict[str, Any]) -> list[dict[str, Any]]:
@@ -198,7 +210,7 @@ def _level(figure: Figure, mark: Mark, y: dict[str, Any]) -> list[dict[str, Any]
         "type": "rule",
         "color": "@ink",
         "strokeWidth": 1.25,
-        "strokeDash": [] if figure.is_lead else [5, 4],
+        "strokeDash": list(DASHES[level_style(figure, mark)]),
     }
     layers.append({"data": data, "mark": rule, "encoding": {"y": y}})
     # at the right end below the line: there the lines of DSA have mostly left the level upwards
@@ -321,32 +333,28 @@ def _bars(figure: Figure) -> list[dict[str, Any]]:
         "legend": {"title": None},
     }
     bar = {"type": "bar", "stroke": "@paper", "strokeWidth": 0.75}
+    # Vega has no hatching: a bar in doubt is pale within a dashed outline
+    in_doubt = {"test": "isValid(datum.doubt)"}
     encoding = {
         "x": x,
         "y": y | {"stack": "zero"},
         "color": color,
         "order": {"field": "rank", "type": "quantitative"},
+        "fillOpacity": {"condition": in_doubt | {"value": 0.45}, "value": 1},
+        "stroke": {"condition": in_doubt | {"value": "@ink"}, "value": "@paper"},
+        "strokeDash": {"condition": in_doubt | {"value": [4, 3]}, "value": [1, 0]},
     }
     layers: list[dict[str, Any]] = [
         {"data": {"values": rows}, "mark": bar, "encoding": encoding | {"tooltip": _tooltip(rows)}}
     ]
-    for series in figure.series:
-        if series.shape == "points":
-            over = _rows(series)
-            point = {
-                "type": "point",
-                "shape": "diamond",
-                "size": 90,
-                "filled": True,
-                "color": f"@{series.role}",
-                "opacity": 1,
-            }
-            point |= {"stroke": "@paper", "strokeWidth": 1.5}
-            layers.append(
-                {
-                    "data": {"values": over},
-                    "mark": point,
-                    "encoding": {"x": x, "y": y, "tooltip": _tooltip(over)},
-                }
-            )
-    return layers
+    loose = [s for s in figure.series if s.shape == "points"]
+    return layers + [_overlay(series, x, y) for series in loose]
+
+
+def _overlay(series: Series, x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
+    """Diamonds over the bars."""
+    rows = _rows(series)
+    point = {"type": "point", "shape": "diamond", "size": 90, "filled": True, "opacity": 1}
+    point |= {"color": f"@{series.role}", "stroke": "@paper", "strokeWidth": 1.5}
+    encoding = {"x": x, "y": y, "tooltip": _tooltip(rows)}
+    return {"data": {"values": rows}, "mark": point, "encoding": encoding}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsa_bench.record import Case, KernelTime, MemoryUse, Record, StageTime, Timing
+from dsa_bench.record import Case, KernelTime, MemoryUse, Record, StageTime, Telemetry, Timing
 
 LENGTHS = tuple(1024 * n for n in (4, 8, 16, 32, 64, 128))
 HEADER = {
@@ -33,6 +33,8 @@ HEADER = {
 }
 PREFILL_IMPL = {"indexer": "triton", "topk": "gluon", "sparse_prefill": "gluon"}
 DECODE_IMPL = {"paged_indexer": "triton", "topk": "gluon", "sparse_decode": "gluon"}
+ENDED = 1795457100.0 + 115 * 60
+"""Unix time of an ending 115 minutes after `started`."""
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -115,13 +117,79 @@ def hostile_run() -> FakeRun:
         )
         kernel = KernelTime(name=text, stage=text, calls=1.0, seconds=1e-3)
         record = ok(case, 0.001 * (i + 1), stages=(stage,), kernels=(kernel,), flags=(text,))
-        records.append(replace(record, reproduce=text, reason=text))
+        record = _with_time(record, mode=text, stop=text, telemetry=Telemetry(power_w=(1.0,)))
+        records.append(replace(record, reproduce=text, reason=text, phases={text: 1.0}))
         failed = replace(case, seed=i + 1, impl=text, op=text)
-        records.append(Record(case=failed, status="failed", reason=text, reproduce=text))
+        failure = Record(case=failed, status="failed", reason=text, reproduce=text)
+        records.append(replace(failure, log=(text, text), lost_workers=1, flags=(text,)))
     machine = {"name": HOSTILE[0], "device": HOSTILE[1], "driver": HOSTILE[2]}
     header = HEADER | {"machine": machine, "argv": list(HOSTILE), "started": HOSTILE[2]}
     header |= {"versions": {text: text for text in HOSTILE}}
     return FakeRun(path=Path(HOSTILE[3]), header=header, records=records)
+
+
+def doubtful_run() -> FakeRun:
+    """A run with every kind of doubt, three processes a case, two modes, energy, phases and logs.
+
+    At 8K the suspect `cheat` is faster than the honest dense attention; at 32K DSA is suspect; at
+    64K its second process failed; 16K is noisy in one process.
+    """
+    records = []
+    for i, length in enumerate((4096, 8192, 16384, 32768, 65536)):
+        sparse = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=length,
+                      seq_len_q=4096, topk=2048)  # fmt: skip
+        dense = replace(sparse, op="dense_attention", impl="flash_attn_3", topk=None)
+        warm = {"mode": "warm"}
+        for case, seconds in (
+            (sparse, 2e-3), (dense, 1e-3 * 2**i),
+            (replace(sparse, **warm), 1.8e-3), (replace(dense, **warm), 0.9e-3 * 2**i),
+        ):  # fmt: skip
+            records += [_timed(case, seconds, replicate) for replicate in range(3)]
+    cheat = Case(op="dense_attention", impl="cheat", phase="prefill", seq_len_kv=8192,
+                 seq_len_q=4096)  # fmt: skip
+    records.append(replace(ok(cheat, 1e-6), flags=("below_floor", "made_up_flag")))
+    sustained = replace(cheat, impl="flash_attn_3", mode="sustained", seq_len_kv=16384)
+    read = Telemetry(energy_joules=600.0, energy_calls=100)
+    records.append(_with_time(ok(sustained, 4e-3), mode="sustained", telemetry=read))
+    records = [_doubted(record) for record in records]
+    header = HEADER | {"started": "2026-11-23T18:05:00+00:00"}
+    return FakeRun(path=Path("results/doubtful"), header=header, records=records)
+
+
+def _timed(case: Case, seconds: float, replicate: int) -> Record:
+    """One process of three, with all that a timing may say."""
+    samples = tuple(seconds * (1 + 1e-4 * ((7 * i + replicate) % 5)) for i in range(100))
+    read = Telemetry(
+        seconds=(0.0, 0.1), sm_clock_mhz=(1980.0, 1965.0), power_w=(640.0, 660.0),
+        temperature_c=(61.0, 63.0), sm_clock_max_mhz=1980.0, throttle_reasons=0x04 | 0x40,
+    )  # fmt: skip
+    mode = "cold" if case.mode == "auto" else case.mode
+    record = _with_time(
+        ok(case, samples, replicate=replicate), mode=mode, telemetry=read, blocks=(50, 50),
+        beside=("x",), input_sets=3, spin_seconds=2e-4, flush_bytes=2**27,
+        event_overhead_seconds=2.1e-6,
+    )  # fmt: skip
+    return replace(record, phases={"measure": 60.0, "gate": 20.0, "recheck": 10.0}, ended=ENDED)
+
+
+def _doubted(record: Record) -> Record:
+    case = record.case
+    if (case.op, case.mode) != ("dsa", "auto"):
+        return record
+    if case.seq_len_kv == 32768:
+        return replace(record, flags=("launch_bound",))
+    if case.seq_len_kv == 16384 and record.replicate == 1:
+        return replace(record, flags=("drift",))
+    if case.seq_len_kv == 65536 and record.replicate == 1:
+        log = ("CUDA error: an illegal memory access", "<b>worker ended</b>")
+        return Record(case=case, status="failed", reason="worker died with signal 6",
+                      replicate=1, log=log, lost_workers=2)  # fmt: skip
+    return record
+
+
+def _with_time(record: Record, **fields: Any) -> Record:
+    assert record.time is not None
+    return replace(record, time=replace(record.time, **fields))
 
 
 def _record(
@@ -298,7 +366,7 @@ def _decode(noise: Noise) -> list[Record]:
                 memory = _memory(batch * length * 1152.0, batch * 131_072, 2**22)
                 record = _record(case, noise, (stage,), memory, 6e-6)
                 if batch == 1 and length == LENGTHS[1]:
-                    record = replace(record, flags=("noisy: spread 4.1 %, limit 2 %",))
+                    record = replace(record, flags=("noisy_samples",))
                 records.append(record)
     return records
 

@@ -24,7 +24,7 @@ from tests.test_plan import offer
 from tests.test_sweep import operator
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("fine", "wrong", "exits")
+WAYS = ("fine", "wrong", "exits", "failed")
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -133,7 +133,7 @@ def test_plan_shows_the_cases_and_writes_nothing(call: Call, tmp_path: Path) -> 
 
 
 def test_resume_takes_what_has_not_ended(call: Call, tmp_path: Path) -> None:
-    words = ("run", "--op", "fine,wrong,exits", *ONE[2:], "-o", "r")
+    words = ("run", "--op", "fine,wrong,exits,failed", *ONE[2:], "-o", "r")
     assert call(*words)[0] == 3
     file = tmp_path / "r" / "records.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
@@ -143,13 +143,14 @@ def test_resume_takes_what_has_not_ended(call: Call, tmp_path: Path) -> None:
     assert read_run(tmp_path / "r").torn
     code, _, err = call("run", "--resume", "r")
     assert code == 3
-    assert [line.split()[2] for line in err.splitlines()] == ["wrong", "exits"]
+    assert [line.split()[2] for line in err.splitlines()] == ["wrong", "exits", "failed"]
     run = read_run(tmp_path / "r")
     assert [(r.case.op, r.status) for r in run.records] == [
-        ("fine", "ok"), ("wrong", "wrong"), ("exits", "failed")
+        ("fine", "ok"), ("wrong", "wrong"), ("exits", "failed"), ("failed", "failed")
     ]  # fmt: skip
     assert (tmp_path / "r" / "run.json").read_bytes() == header
-    assert [line.split()[2] for line in call("run", "--resume", "r")[2].splitlines()] == ["exits"]
+    # one that cost two workers is set aside
+    assert [line.split()[2] for line in call("run", "--resume", "r")[2].splitlines()] == ["failed"]
 
 
 def test_interrupted_run_says_how_to_go_on(
@@ -159,7 +160,7 @@ def test_interrupted_run_says_how_to_go_on(
 
     def execute(ready: job.Job, tell: Callable[[Progress], None]) -> tuple[Run, bool]:
         def interrupting(progress: Progress) -> None:
-            if progress.index == 1 and progress.phase == "gate":
+            if progress.ended == 1 and progress.phase == "gate":
                 raise KeyboardInterrupt
             tell(progress)
 

@@ -9,7 +9,8 @@ import pytest
 from dsa_bench.record import Case, Record
 from dsa_bench.reports.crossover import crossing
 from dsa_bench.reports.digest import Digest, digest
-from tests.reports_runs import HEADER, FakeRun, h100_run, ok
+from dsa_bench.reports.units import format_ratio
+from tests.reports_runs import HEADER, FakeRun, doubtful_run, h100_run, ok
 
 SPARSE = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=4096, seq_len_q=4096, topk=2048)
 DENSE = replace(SPARSE, op="dense_attention", impl="flash_attn_3", topk=None)
@@ -136,14 +137,67 @@ def test_headline_of_nothing() -> None:
     empty = digest([FakeRun(path=Path("r"), header={}, records=[])])
     assert empty.headlines == ("On unknown machine no case was measured.",)
     dense_only = digest_of({}, {4096: 1.0})
-    assert "in prefill no DSA case was asked for." in dense_only.headlines[0]
+    assert dense_only.headlines[0].endswith(
+        "dense attention was measured; no DSA beside it, so no crossover."
+    )
+    records = [ok(DENSE, 1.0), ok(replace(SPARSE, phase="decode", seq_len_q=1), 1.0)]
+    mixed = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert "in prefill no DSA case was asked for;" in mixed.headlines[0]
+
+
+def test_headline_of_operators_alone_names_them() -> None:
+    kernels = [ok(replace(SPARSE, op=op), 1.0) for op in ("indexer", "topk", "indexer")]
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=kernels)])
+    assert report.headlines == (
+        "On NVIDIA H100 80GB HBM3, 2 operators were measured: indexer, topk; "
+        "no DSA beside dense attention, so no crossover.",
+    )
+    lost = Record(case=replace(SPARSE, op="topk"), status="oom", reason="x")
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=[lost])])
+    assert report.headlines == ("On NVIDIA H100 80GB HBM3 no case has a time (1 oom).",)
 
 
 def test_headline_says_that_a_time_is_in_doubt() -> None:
-    records = [ok(replace(SPARSE), 1.0), ok(DENSE, 2.0, flags=("below_floor",))]
+    records = [ok(replace(SPARSE), 1.0), ok(DENSE, 2.0, flags=("drift",))]
     report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
     assert "Some of these times carry a doubt flag" in report.headlines[0]
     assert "doubt" not in digest_of({4096: 1.0}, {4096: 2.0}).headlines[0]
+
+
+def test_headline_rests_on_trusted_times_alone_and_says_what_it_lost() -> None:
+    report = digest([doubtful_run()])
+    assert report.headlines == (
+        "On NVIDIA H100 80GB HBM3, in prefill DSA (k=2048, bf16) beats dense attention "
+        "(flash_attn_3, bf16) from L = 8K and is 2.00× as fast at 16K. Some of these times carry "  # noqa: RUF001
+        "a doubt flag: see the table. Left out as suspect: cheat at 8K, DSA at 32K.",
+    )
+
+
+def test_a_line_without_a_trusted_time_has_no_crossover() -> None:
+    records = [ok(SPARSE, 1.0, flags=("launch_bound",)), ok(DENSE, 2.0)]
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert [c.outcome for c in report.crossovers] == ["suspect"]
+    assert "has no time beside dense attention that can be trusted" in report.headlines[0]
+    assert "Left out as suspect: DSA at 4K." in report.headlines[0]
+
+
+@pytest.mark.parametrize(
+    ("phase", "modes", "chosen"),
+    [
+        ("prefill", ("sustained", "warm", "auto", "cold"), "auto"),
+        ("prefill", ("sustained", "graph", "cold", "warm"), "cold"),
+        ("decode", ("cold", "graph", "warm"), "graph"),
+        ("decode", ("warm", "cold"), "cold"),
+    ],
+)
+def test_headline_prefers_the_default_mode(phase: str, modes: tuple[str, ...], chosen: str) -> None:
+    records = []
+    for i, mode in enumerate(modes):
+        records.append(ok(replace(SPARSE, phase=phase, mode=mode), 1.0 + i))
+        records.append(ok(replace(DENSE, phase=phase, mode=mode), 10.0))
+    report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+    assert format_ratio(10 / (1 + modes.index(chosen))) in report.headlines[0]
+    assert (f"bf16, {chosen})" in report.headlines[0]) == (chosen != "auto")
 
 
 def test_lines_that_differ_in_one_axis_cross_apart() -> None:

@@ -11,7 +11,15 @@ from dsa_bench.reports import chart, lines, plots, published, vega
 from dsa_bench.reports.chart import Axis, Figure, Point, Series
 from dsa_bench.reports.digest import digest
 from dsa_bench.reports.figures import MAKERS, figures
-from tests.reports_runs import HEADER, LENGTHS, FakeRun, h100_run, hostile_run, ok
+from tests.reports_runs import (
+    HEADER,
+    LENGTHS,
+    FakeRun,
+    doubtful_run,
+    h100_run,
+    hostile_run,
+    ok,
+)
 
 
 def by_name(run: FakeRun) -> dict[str, Figure]:
@@ -76,7 +84,82 @@ def test_doubtful_points_carry_their_flag() -> None:
     figure = by_name(h100_run())["latency-decode-batch-1"]
     flagged = [p for s in figure.series for p in s.points if p.flags]
     assert len(flagged) == 2
-    assert flagged[0].flags == "noisy: spread 4.1 %, limit 2 %"
+    assert [(p.flags, p.doubt) for p in flagged] == [("noisy_samples", "noisy")] * 2
+    assert figure.doubt_note == "Hollow: noisy."
+    assert by_name(h100_run())["latency-prefill"].doubt_note == ""
+    # the noisy dense time makes the speed-up over it noisy, too
+    speedup = by_name(h100_run())["speedup-decode"]
+    assert [(s.label, p.x, p.flags) for s in speedup.series for p in s.points if p.doubt] == [
+        ("DSA k=2048 fp8 batch 1", LENGTHS[1], "dense: noisy_samples")
+    ]
+
+
+def test_suspect_times_are_seen_but_not_joined_and_no_speedup() -> None:
+    made = by_name(doubtful_run())
+    latency = {s.label: s for s in made["latency-prefill"].series}
+    own = latency["DSA k=2048 bf16 default mode"]
+    assert [(p.x, p.doubt) for p in own.points] == [
+        (4096, ""), (8192, ""), (16384, "noisy"), (32768, "suspect"),
+    ]  # fmt: skip
+    assert [p.x for p in chart.joined(own)] == [4096, 8192, 16384]
+    assert "Cross, not joined" in made["latency-prefill"].doubt_note
+    speedup = made["speedup-prefill"]
+    lines_of = {s.label: [p.x for p in s.points] for s in speedup.series}
+    assert lines_of["DSA k=2048 bf16 default mode"] == [4096, 8192, 16384]
+    assert lines_of["DSA k=2048 bf16 warm"] == [4096, 8192, 16384, 32768, 65536]
+    assert speedup.answer.endswith("Left out as suspect: cheat at 8K, DSA at 32K.")
+    assert "cheat" not in " ".join(s.label for s in made["cost-prefill"].series)
+
+
+def test_drawers_show_doubt(tmp_path: Path) -> None:
+    figure = by_name(doubtful_run())["latency-prefill"]
+    layers = vega.spec(figure)["layer"]
+    texts = [layer for layer in layers if layer["mark"].get("text") == "✕"]
+    crosses = [layer for layer in texts if "transform" in layer]
+    assert len(crosses) == 2
+    paths = [layer for layer in layers if layer["mark"].get("type") == "line"]
+    filtered = [p for p in paths if p.get("transform") == [{"filter": "!isValid(datum.apart)"}]]
+    assert len(filtered) == 2 and len(paths) == 6
+    svg = plots.write_figure(figure, tmp_path).with_suffix(".svg").read_text(encoding="utf-8")
+    assert "not joined by the line" in svg
+
+
+def test_bars_of_a_doubtful_time_are_hatched(tmp_path: Path) -> None:
+    run = h100_run()
+    plain = by_name(run)["stages-prefill"]
+    run.records = [
+        replace(r, flags=("drift",)) if r.case.seq_len_kv == LENGTHS[-1] else r for r in run.records
+    ]
+    figure = by_name(run)["stages-prefill"]
+    assert {(p.x, p.doubt) for s in figure.series for p in s.points} == {
+        (n, "noisy" if n == LENGTHS[-1] else "") for n in LENGTHS
+    }
+    assert figure.doubt_note.startswith("Hatched") and plain.doubt_note == ""
+    for one, is_hatched in ((plain, False), (figure, True)):
+        svg = plots.write_figure(one, tmp_path).with_suffix(".svg").read_text(encoding="utf-8")
+        assert ("<pattern" in svg) == is_hatched
+    # memory is measured apart from time
+    assert by_name(run)["memory-prefill"].doubt_note == ""
+
+
+def test_ceilings_of_a_burst_are_solid_and_sustained_ones_dashed() -> None:
+    run = h100_run()
+    run.header = run.header | {
+        "ceilings": run.header["ceilings"] | {"sustained_bf16_flops_per_second": 600e12}
+    }
+    figure = by_name(run)["rates-prefill"]
+    assert [(m.label, m.y, chart.level_style(figure, m)) for m in figure.marks] == [
+        ("measured bf16 matmul rate", 786e12, "solid"),
+        ("measured fp8 matmul rate", 1.5e15, "solid"),
+        ("measured bf16 matmul rate, sustained", 600e12, "dashed"),
+    ]
+
+
+def test_rates_of_a_cpu_do_not_speak_of_fp8() -> None:
+    run = h100_run()
+    assert "only an fp8 stage" in by_name(run)["rates-prefill"].answer.lower()
+    run.header = run.header | {"ceilings": {"fp32_flops_per_second": 1e12}}
+    assert "fp8" not in by_name(run)["rates-prefill"].answer
 
 
 def test_stage_bars_add_up_to_the_kernel_time() -> None:

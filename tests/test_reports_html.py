@@ -8,13 +8,16 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsa_bench import doubt
 from dsa_bench.reports import html
+from dsa_bench.reports.details import MAX_SAMPLES, slowed_by, thinned
 from dsa_bench.reports.digest import digest
 from dsa_bench.reports.figures import figures
-from tests.reports_runs import HOSTILE, FakeRun, h100_run, hostile_run
+from tests.reports_runs import HOSTILE, FakeRun, doubtful_run, h100_run, hostile_run
 
 LIMIT_BYTES = 2_000_000
 CHROMIUM = next(
@@ -106,7 +109,7 @@ def test_no_text_of_a_record_becomes_markup(hostile: str) -> None:
         *("html", "head", "meta", "link", "title", "style", "body", "header", "span", "nav", "a"),
         *("button", "main", "section", "h1", "h2", "h3", "div", "p", "b", "figure", "figcaption"),
         *("noscript", "img", "label", "input", "table", "thead", "tbody", "tr", "th", "td"),
-        *("code", "details", "summary", "dl", "dt", "dd", "footer", "script"),
+        *("code", "details", "summary", "dl", "dt", "dd", "footer", "script", "ul", "li", "br"),
     }
     for _, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")]
@@ -121,19 +124,100 @@ def test_embedded_data_cannot_end_their_script(hostile: str) -> None:
     assert not set("<>&") & set(data[0])
     assert "\u2028" not in data[0] and "\u2029" not in data[0]
     details = json.loads(data[0])["details"]
-    assert len(details) == len(HOSTILE)
-    shown = {row[0] for detail in details.values() for row in detail["kernels"]}
-    assert HOSTILE[0] in shown
+    # every text stands on an ok case and on a failed one
+    assert len(details) == 2 * len(HOSTILE)
+    kernels = [detail["kernels"] for detail in details.values() if "kernels" in detail]
+    assert len(kernels) == len(HOSTILE)
+    assert HOSTILE[0] in {row[0] for rows in kernels for row in rows}
+    logs = [line for detail in details.values() for line in detail.get("log", ())]
+    assert HOSTILE[0] in logs and all(line.isprintable() for line in logs)
+    modes = {row[1] for detail in details.values() for row in detail.get("measured", ())}
+    assert HOSTILE[0] in modes
 
 
 def test_page_shows_headline_counts_and_reasons(good: str) -> None:
     text = " ".join(Page(good).text.split())
     assert digest([h100_run()]).headlines[0] in text
-    for part in ("89 ok", "1 wrong", "1 failed", "1 oom", "1 timeout", "2 skipped", "2 ⚑ in doubt"):
+    for part in ("87 ok", "2 noisy", "1 wrong", "1 failed", "1 oom", "1 timeout", "2 skipped"):
         assert part in text
     assert "worker died with signal 11 (segmentation fault)" in text
     assert "1K = 1024" in text and "Attention only" in text
     assert "copy_bytes_per_second" in text and "2.11.0+cu130" in text
+
+
+@pytest.fixture(scope="module")
+def doubtful() -> str:
+    return html.page(digest([doubtful_run()]))
+
+
+def data_of(text: str) -> Any:
+    return json.loads(next(t for attributes, t in Page(text).scripts if "type" in attributes))
+
+
+def test_health_adds_up_to_all_cases(doubtful: str) -> None:
+    report = digest([doubtful_run()])
+    assert report.health == {"ok": 18, "noisy": 1, "suspect": 1, "invalid": 1, "failed": 1}
+    assert sum(report.health.values()) == len(report.cases)
+    strip = re.search(r'<div class="health".*?</div>', doubtful, re.DOTALL)
+    assert strip is not None
+    assert re.findall(r'class="is-(\w+)" style="flex-grow: (\d+)"', strip[0]) == [
+        (name, str(count)) for name, count in report.health.items()
+    ]
+
+
+def test_page_says_why_a_time_is_in_doubt_and_what_to_do(doubtful: str) -> None:
+    row = re.search(r'<tr data-case="[^"]*" class="is-ok" title="(suspect[^"]*)"', doubtful)
+    assert row is not None
+    assert row[1].startswith("suspect: launch_bound: ") and doubt.hint("launch_bound") in row[1]
+    text = " ".join(Page(doubtful).text.split())
+    assert text.count(f"✗ {doubt.explain(['below_floor'])}") == 1
+    assert "wall 6900 s: 51 % measuring" in text
+    assert "Hollow: noisy. Cross, not joined by the line: suspect or invalid." in text
+
+
+def test_an_open_row_shows_how_it_was_measured(doubtful: str) -> None:
+    data = data_of(doubtful)
+    found = data["details"].values()
+    noisy = next(d for d in found if "drift" in str(d.get("flags")))
+    assert noisy["flags"] == [["noisy", doubt.explain(["drift"])]]
+    assert [row[0] for row in noisy["measured"]] == ["0", "1", "2"]
+    facts = dict(zip(data["measured"], noisy["measured"][1], strict=True))
+    assert facts == {
+        "process": "1", "mode": "cold", "samples": "100", "visits": "2", "beside": "1 in turn",
+        "input sets": "3", "ended by": "settled", "overtaken": "0", "spin": "200 µs",
+        "flush": "128 MiB", "event overhead": "2.10 µs", "SM clock": "1972 MHz",
+        "highest": "1980 MHz", "power": "650 W", "temperature": "62 °C",
+        "slowed by": "power limit, heat (hardware)", "neighbours": "0",
+    }  # fmt: skip
+    samples = noisy["samples"]
+    assert samples["unit"] == "ms" and len(samples["points"]) <= MAX_SAMPLES
+    assert {point[2] for point in samples["points"]} == {0, 1, 2}
+    failed = next(d for d in data["details"].values() if "log" in d)
+    assert failed["log"] == [
+        "workers lost over this case: 2",
+        "CUDA error: an illegal memory access",
+        "<b>worker ended</b>",
+    ]
+
+
+def test_thinned_samples_keep_the_extremes_in_order() -> None:
+    seconds = tuple(1.0 + (i == 777) * 5 - (i == 12) * 0.5 for i in range(1000))
+    kept = thinned(seconds, 20)
+    assert len(kept) <= 20 and kept == sorted(kept)
+    assert (777, 6.0) in kept and (12, 0.5) in kept
+    assert thinned((1.0, 2.0), 20) == [(0, 1.0), (1, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        (0, ""),
+        (0x08 | 0x80, "hardware slowdown, power brake"),
+        (0x1000 | 0x4, "power limit, 0x1000"),
+    ],
+)
+def test_throttle_bits_have_names(bits: int, said: str) -> None:
+    assert slowed_by(bits) == said
 
 
 def test_each_row_has_its_command(good: str) -> None:
@@ -183,6 +267,31 @@ def test_charts_are_drawn_in_chromium(good: str, tmp_path: Path) -> None:
     assert len(charts) == len(figures(digest([h100_run()])))
     assert ">This chart could not be drawn" not in dom
     assert "95 of 95 cases" in dom
+
+
+OPEN_EVERY_ROW = """<script>
+addEventListener("load", () => {
+  const opened = document.createElement("ol");
+  for (const row of document.querySelectorAll("tr[data-case]")) {
+    row.cells[0].click();
+    opened.append(row.nextElementSibling.cloneNode(true));
+  }
+  document.body.append(opened);
+});
+</script>"""
+
+
+def test_rows_open_in_chromium(hostile: str, doubtful: str, tmp_path: Path) -> None:
+    for name, text in (("hostile", hostile), ("doubtful", doubtful)):
+        (tmp_path / name).mkdir()
+        # the policy would forbid the script that opens the rows
+        page = re.sub(r"<meta http-equiv[^>]*>", "", text)
+        page = OPEN_EVERY_ROW.join(page.rsplit("</body>", 1))
+        dom, log = in_browser(page, tmp_path / name)
+        assert [line for line in log.splitlines() if "CONSOLE" in line] == []
+        assert dom.count('class="detail"') >= text.count("<tr data-case")
+        assert "onerror" not in {n for _, attributes in Page(dom).elements for n in attributes}
+        assert "slowed by" in dom and "<b>worker" not in dom
 
 
 def test_hostile_page_runs_nothing_in_chromium(hostile: str, tmp_path: Path) -> None:

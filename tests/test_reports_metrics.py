@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from dsa_bench import stats
 from dsa_bench.record import Case, Record, StageTime
 from dsa_bench.reports import frame, metrics
-from tests.reports_runs import HEADER, FakeRun, h100_run, ok
+from tests.reports_runs import HEADER, FakeRun, doubtful_run, h100_run, ok
 
 PREFILL = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=8192, seq_len_q=4096, topk=2048)
 DENSE = replace(PREFILL, op="dense_attention", impl="triton", topk=None)
@@ -145,6 +146,141 @@ def test_runs_of_one_machine_are_told_apart() -> None:
     assert len(set(frame.run_labels([one, one]))) == 2
 
 
+def replicates_of(*seconds: tuple[float, ...]) -> list[Record]:
+    return [ok(PREFILL, samples, replicate=i) for i, samples in enumerate(seconds)]
+
+
+def test_replicates_are_one_case_of_pooled_samples() -> None:
+    made = replicates_of((1.0,) * 8, (1.0,) * 8, (1.001,) * 8)
+    row = row_of(frame.cases([run_of(*made)]))
+    estimate = stats.pooled([r.time.seconds for r in made if r.time], blocks=[(), (), ()])
+    shown = (row["seconds"], row["seconds_low"], row["seconds_high"])
+    assert shown == (estimate.middle, estimate.low, estimate.high)
+    assert (row["replicates"], row["samples"], row["flags"]) == (3, 24, "")
+    assert row["seconds_low"] < 1.0 < row["seconds_high"]
+
+
+def test_processes_that_differ_raise_a_flag() -> None:
+    row = row_of(frame.cases([run_of(*replicates_of((1.0,) * 8, (1.05,) * 8, (1.1,) * 8))]))
+    assert (row["flags"], row["doubt"]) == ("unsteady_processes", "noisy")
+
+
+def test_one_failed_replicate_takes_the_time_of_the_case() -> None:
+    good, other = replicates_of((1.0,) * 8, (1.0,) * 8)
+    died = Record(case=PREFILL, status="failed", reason="worker died", replicate=2)
+    wrong = Record(case=PREFILL, status="wrong", reason="cos 0.1", replicate=3)
+    row = row_of(frame.cases([run_of(good, died, other)]))
+    assert (row["status"], row["reason"]) == ("failed", "replicate 2: worker died")
+    assert row["seconds"] is None or row["seconds"] != row["seconds"]
+    row = row_of(frame.cases([run_of(died, good, wrong)]))
+    assert (row["status"], row["reason"]) == ("wrong", "replicate 3: cos 0.1")
+
+
+def test_an_interrupted_replicate_does_not_undo_those_that_ended() -> None:
+    stopped = Record(case=PREFILL, status="interrupted", replicate=1)
+    row = row_of(frame.cases([run_of(*replicates_of((1.0,) * 8), stopped)]))
+    assert (row["status"], row["seconds"], row["replicates"]) == ("ok", 1.0, 1)
+    assert row_of(frame.cases([run_of(stopped)]))["status"] == "interrupted"
+
+
+def test_the_last_ending_of_a_replicate_counts() -> None:
+    died = Record(case=PREFILL, status="failed", reason="died", replicate=1)
+    one, two = replicates_of((1.0,) * 8, (1.0,) * 8)
+    assert list(frame.cases([run_of(one, died, two)])["status"]) == ["ok"]
+
+
+def test_flags_of_replicates_are_joined_and_unknown_ones_are_noisy() -> None:
+    one, two = replicates_of((1.0,) * 8, (1.0,) * 8)
+    one, two = replace(one, flags=("drift", "a,b")), replace(two, flags=("clock", "drift"))
+    row = row_of(frame.cases([run_of(one, two)]))
+    assert frame.flags_of(row) == ("drift", "a;b", "clock")
+    assert row["doubt"] == "noisy"
+
+
+def test_stages_are_the_median_over_replicates() -> None:
+    def staged(replicate: int, seconds: float, name: str = "topk") -> Record:
+        stage = StageTime(
+            name=name, impl="x", seconds=seconds, flops=0.0, bytes_read=1.0, bytes_written=1.0
+        )
+        return ok(PREFILL, 1.0, replicate=replicate, stages=(stage,))
+
+    run = run_of(staged(0, 3.0), staged(1, 1.0), staged(2, 2.0), staged(3, 90.0, "else"))
+    assert list(frame.stages([run])["seconds"]) == [2.0]
+
+
+def test_a_suspect_dense_is_no_opponent_however_fast() -> None:
+    table = metrics.cases([doubtful_run()])
+    rows = table[(table["op"] == "dsa") & (table["asked_mode"] == "auto")].set_index("seq_len_kv")
+    assert (rows.loc[8192, "dense_impl"], rows.loc[8192, "suspect_dense"]) == (
+        "flash_attn_3",
+        "cheat",
+    )
+    assert rows.loc[8192, "speedup"] == pytest.approx(1.0)
+    assert rows["suspect_dense"].notna().sum() == 1
+
+
+def test_a_suspect_dense_that_is_slower_changes_nothing() -> None:
+    slow = ok(replace(DENSE, impl="slow"), 9.0, flags=("launch_bound",))
+    row = row_of(metrics.cases([run_of(ok(PREFILL, 1.0), ok(DENSE, 2.0), slow)]))
+    assert row["speedup"] == 2.0 and not isinstance(row["suspect_dense"], str)
+
+
+@pytest.mark.parametrize(
+    ("flag", "counts"),
+    [("drift", True), ("later", True), ("launch_bound", False), ("below_floor", False)],
+)
+def test_a_suspect_time_stays_visible_and_gives_nothing(flag: str, counts: bool) -> None:
+    row = row_of(metrics.cases([run_of(ok(PREFILL, 1.0, flags=(flag,)), ok(DENSE, 2.0))]))
+    assert row["seconds"] == 1.0
+    for name in ("speedup", "seconds_per_token", "usd_per_million_tokens"):
+        assert (row[name] == row[name]) == counts, name
+
+
+def test_opponents_are_asked_in_the_same_mode() -> None:
+    records = [
+        ok(PREFILL, 1.0),
+        ok(DENSE, 3.0),
+        ok(replace(PREFILL, mode="warm"), 1.0),
+        ok(replace(DENSE, mode="warm"), 2.0),
+        ok(replace(PREFILL, mode="graph"), 1.0),
+    ]
+    table = metrics.cases([run_of(*records)])
+    found = table[table["op"] == "dsa"].set_index("asked_mode")["speedup"]
+    assert (found["auto"], found["warm"]) == (3.0, 2.0)
+    assert found.isna()["graph"]
+    assert set(table["mode"]) == {"cold"}
+
+
+def test_energy_of_a_token() -> None:
+    table = metrics.cases([doubtful_run()])
+    read = table[table["joules_per_token"].notna()]
+    # 600 J for 100 calls of 4096 tokens
+    assert list(read["mode"]) == ["sustained"]
+    assert read["joules_per_token"].iloc[0] == pytest.approx(6 / 4096)
+
+
+def test_sustained_rates_are_no_ceiling() -> None:
+    header = {
+        "ceilings": {
+            "copy_bytes_per_second": 3e12,
+            "bf16_flops_per_second": 786e12,
+            "sustained_bf16_flops_per_second": 600e12,
+            "sustained_fp8_flops_per_second": 900e12,
+        }
+    }
+    assert metrics.ceilings(header) == {
+        "copy_bytes_per_second": 3e12,
+        "bf16_flops_per_second": 786e12,
+    }
+    assert metrics.sustained_ceilings(header) == {
+        "bf16_flops_per_second": 600e12,
+        "fp8_flops_per_second": 900e12,
+    }
+    cost = {"flops": 786e9, "bytes_read": 2e9, "bytes_written": 1e9}
+    row = row_of(metrics.cases([run_of(ok(PREFILL, 0.004, cost=cost), **header)]))
+    assert row["floor_share"] == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("value", [0.25, {"relative_l2": 0.25, "rows": 64}])
 def test_dense_error_is_read(value: Any) -> None:
     table = frame.cases([run_of(ok(PREFILL, 1.0, gate={"dense_error": value}))])
@@ -152,7 +288,7 @@ def test_dense_error_is_read(value: Any) -> None:
 
 
 def test_every_metric_is_a_column_and_explained() -> None:
-    table = metrics.cases([h100_run()])
+    table = metrics.cases([h100_run(), doubtful_run()])
     for metric in metrics.METRICS:
         assert table[metric.name].notna().any(), metric.name
         assert metric.formula

@@ -3,13 +3,24 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dsa_bench.reports import tables, units
+from dsa_bench import doubt
+from dsa_bench.record import Record
+from dsa_bench.reports import spent, tables, units
 from dsa_bench.reports.digest import digest
-from tests.reports_runs import HOSTILE, FakeRun, h100_run, hostile_run
+from tests.reports_runs import (
+    ENDED,
+    HEADER,
+    HOSTILE,
+    FakeRun,
+    doubtful_run,
+    h100_run,
+    hostile_run,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -84,12 +95,82 @@ def test_terminal_tables() -> None:
     assert "batch" in titles and "machine" not in titles and "heads" not in titles
     assert "batch" not in [column.title for column in prefill.columns]
     time = titles.index("time")
-    marked = [row for row in decode.rows if tables.FLAG_MARK in row[time]]
+    marked = [row for row in decode.rows if tables.MARKS["noisy"] in row[time]]
     assert len(marked) == 2
-    assert decode.notes == (f"{tables.FLAG_MARK} in doubt: noisy: spread 4.1 %, limit 2 %",)
+    assert decode.notes == (
+        "timed in mode cold (L2 flushed before each call)",
+        "⚑ noisy: counts, with care",
+        f"⚑ {doubt.explain(['noisy_samples'])}",
+    )
+    assert prefill.notes == decode.notes[:1] and "mode" not in titles
     oom = next(row for row in decode.rows if "oom" in row)
     assert oom[time] == units.MISSING
     assert "needs 86.1 GiB, 78.2 GiB are free" in oom
+
+
+def test_doubt_is_marked_and_explained_once() -> None:
+    (table,) = tables.terminal_rows([doubtful_run()])
+    titles = [column.title for column in table.columns]
+    assert "mode" in titles
+    rows = [dict(zip(titles, row, strict=True)) for row in table.rows]
+    cheat = next(row for row in rows if row["implementation"] == "cheat")
+    assert cheat["time"] == "1.00 µs ✗"
+    assert cheat["speed-up"] == cheat["$/M tokens"] == units.MISSING
+    marked = {
+        (row["L"], row["time"]) for row in rows if row["mode"] == "cold" and row["k"] == "2048"
+    }
+    assert {("16K", "2.00 ms ⚑"), ("32K", "2.00 ms ✗"), ("4K", "2.00 ms")} <= marked
+    names = [note.split(":")[0] for note in table.notes]
+    assert names == [
+        *("timed in mode warm (L2 not flushed), cold (L2 flushed before each call), "
+          "sustained (calls back to back)", "⚑ noisy", "✗ suspect or invalid"),
+        *("✗ below_floor", "✗ launch_bound", "⚑ made_up_flag", "⚑ drift"),
+    ]  # fmt: skip
+    assert all(note.isprintable() for note in table.notes)
+
+
+def test_a_case_without_a_time_shows_the_mode_it_was_asked_in() -> None:
+    run = h100_run()
+    failed = replace(run.records[-1].case, mode="warm")
+    run.records.append(Record(case=failed, status="failed", reason="died"))
+    prefill = tables.terminal_rows([run])[0]
+    mode = [column.title for column in prefill.columns].index("mode")
+    assert [row[mode] for row in prefill.rows if "died" in row] == ["warm"]
+    assert prefill.notes == ("timed in mode cold (L2 flushed before each call)",)
+
+
+def test_processes_and_energy_are_columns_where_they_tell() -> None:
+    report = digest([doubtful_run()])
+    names = [column.name for column in tables.COLUMNS]
+    shown = {column.title for column in tables.phase_tables(report, names)[0].columns}
+    assert {"processes", "energy/token"} <= shown
+    plain = tables.phase_tables(digest([h100_run()]), names)[0]
+    assert not {"processes", "energy/token", "mode"} & {column.title for column in plain.columns}
+
+
+def test_where_the_time_went_is_said() -> None:
+    text = tables.markdown(digest([doubtful_run()]))
+    # 59 processes with 60 s of measuring and 30 s of checks each, in 115 minutes
+    assert "wall 6900 s: 51 % measuring, 26 % checks, 23 % outside of cases" in text
+    assert "wall" not in tables.markdown(digest([h100_run()]))
+
+
+@pytest.mark.parametrize(
+    ("started", "ended", "said"),
+    [
+        ("2026-11-23T18:05:00+00:00", ENDED, "wall 6900 s: 100 % measuring"),
+        # two devices at once: more work than wall time
+        ("2026-11-23T18:05:00+00:00", ENDED - 6899, "wall 1 s: 100 % measuring"),
+        ("yesterday", ENDED, "in cases 6900 s: 100 % measuring"),
+        ("2026-11-23T18:05:00+00:00", 0.0, "in cases 6900 s: 100 % measuring"),
+    ],
+)
+def test_wall_time_that_cannot_be_worked_out_is_not_made_up(
+    started: str, ended: float, said: str
+) -> None:
+    records = [replace(h100_run().records[0], phases={"measure": 6900.0}, ended=ended)]
+    run = FakeRun(path=Path("r"), header=HEADER | {"started": started}, records=records)
+    assert spent.sentence(run) == said
 
 
 def test_two_runs_name_their_machine() -> None:

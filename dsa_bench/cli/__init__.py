@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from dsa_bench.cli.compare import compare
 from dsa_bench.cli.exits import Exit
 from dsa_bench.cli.options import (
     AsJson,
@@ -22,18 +23,21 @@ from dsa_bench.cli.options import (
     Heads,
     Impl,
     Lengths,
+    Mode,
     NoProgress,
     Op,
     Output,
     Phase,
     Precision,
     PresetName,
+    Replicates,
     Seed,
     SeqLenQ,
     SweepName,
     Timeout,
     Topk,
 )
+from dsa_bench.cli.verify import verify
 from dsa_bench.operator import UsageError
 
 if TYPE_CHECKING:
@@ -85,8 +89,10 @@ def run(
     num_heads: Heads = None,
     preset: PresetName = None,
     seed: Seed = None,
+    mode: Mode = None,
     device: Device = "auto",
     effort: Effort = "quick",
+    replicates: Replicates = 1,
     timeout: Timeout = None,
     output: Output = None,
     resume: Annotated[
@@ -111,7 +117,7 @@ def run(
     if resume is not None:
         if request.overrides or sweep or output:
             raise UsageError("--resume takes its cases from the folder (leave the selection out)")
-        _refuse_given(context, "effort", "device", "gpu_hour_usd")
+        _refuse_given(context, "effort", "device", "replicates", "gpu_hour_usd")
         ready = job.prepare_resume(resume, timeout=timeout)
     else:
         ready = job.prepare(request, is_dry=plan)
@@ -215,6 +221,10 @@ def report(
     return Exit.OK
 
 
+app.command()(compare)
+app.command()(verify)
+
+
 @app.command("list")
 def list_all(device: Device = "auto", as_json: AsJson = False) -> Exit:
     """What there is, and what of it runs here, or why not."""
@@ -227,12 +237,18 @@ def list_all(device: Device = "auto", as_json: AsJson = False) -> Exit:
 
 
 @app.command()
-def doctor(device: Device = "auto", as_json: AsJson = False) -> Exit:
+def doctor(
+    device: Device = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the ceilings anew (some ten seconds).")
+    ] = False,
+    as_json: AsJson = False,
+) -> Exit:
     """The machine, its ceilings, and what makes times noisy."""
     from dsa_bench import show
     from dsa_bench.cli import terminal
 
-    found = show.diagnosis(device)
+    found = show.diagnosis(device, measure=measure)
     terminal.print_tables(found, show.diagnosis_tables(found), as_json)
     return Exit.OK
 
@@ -272,8 +288,12 @@ def _request(verb: str, given: Mapping[str, Any]) -> "Request":
     from dsa_bench.job import Request
     from dsa_bench.sweep import FLAGS
 
-    overrides = {key: given[key] for key in FLAGS if given[key] is not None}
-    rest = {key: given[key] for key in ("effort", "output", "gpu_hour_usd") if key in given}
+    overrides = {key: given[key] for key in FLAGS if given.get(key) is not None}
+    rest = {
+        key: given[key]
+        for key in ("effort", "replicates", "output", "gpu_hour_usd")
+        if key in given
+    }
     return Request(
         verb=verb,
         sweep=given["sweep"],
@@ -298,7 +318,11 @@ def _execute(ready: "Job", *, as_json: bool, no_progress: bool) -> "tuple[Run, b
     from dsa_bench import job
     from dsa_bench.cli import terminal
 
-    with terminal.progress(ready.planned, is_live=not no_progress) as show:
+    if ready.busy:
+        print(f"dsa-bench: {ready.busy}; times will be noisy", file=sys.stderr)
+    with terminal.progress(
+        ready.planned, num_endings=ready.num_endings, is_live=not no_progress
+    ) as show:
 
         def tell(progress: "Progress") -> None:
             if as_json and progress.record is not None:

@@ -40,6 +40,15 @@ Heads = Annotated[str | None, _text("--heads", metavar="SIZES", help="Query head
 PresetName = Annotated[
     str | None, _text("--preset", metavar="NAME", help="Model sizes: v3.2 or v3.2-cpu")
 ]
+Mode = Annotated[
+    str | None,
+    _text("--mode", metavar="LIST", help="auto, or cold,warm,graph,sustained,cpu (how to time)"),
+]
+Replicates = Annotated[
+    int,
+    typer.Option("--replicates", metavar="N", min=1, max=100,
+                 help="Repeats in fresh processes, order shuffled."),
+]  # fmt: skip
 Seed = Annotated[int | None, _text("--seed", metavar="N", help="Seed of the inputs.")]
 Device = Annotated[
     str,

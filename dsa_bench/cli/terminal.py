@@ -23,13 +23,13 @@ from dsa_bench.sweep import Planned
 # rich falls back to 80 columns where there is no terminal, and would cut the tables
 PIPE_WIDTH = 250
 # columns of a report that a narrow terminal does without, in this order
-SPARE = ("traffic", "FLOP rate", "peak memory", "status", "±", "$/M tokens", "precision")
+SPARE = ("traffic", "FLOP rate", "peak memory", "status", "±", "$/M tokens", "mode", "precision")
 
 
 def print_report(runs: Sequence[Run]) -> None:
     """The tables of some runs and their headline sentences."""
     from dsa_bench.reports.digest import digest
-    from dsa_bench.reports.tables import TERMINAL_COLUMNS, phase_tables
+    from dsa_bench.reports.tables import TERMINAL_COLUMNS, phase_tables, time_spent
 
     found = digest(runs)
     for table in phase_tables(found, TERMINAL_COLUMNS):
@@ -45,7 +45,7 @@ def print_report(runs: Sequence[Run]) -> None:
                 spare=SPARE,
             )
         )
-    for sentence in found.headlines:
+    for sentence in (*found.headlines, *time_spent(found)):
         print(sentence)
 
 
@@ -89,13 +89,15 @@ def _draw(console: Console, table: TextTable) -> None:
 
 
 @contextlib.contextmanager
-def progress(planned: Sequence[Planned], *, is_live: bool) -> Iterator[Callable[[Progress], None]]:
+def progress(
+    planned: Sequence[Planned], *, num_endings: int, is_live: bool
+) -> Iterator[Callable[[Progress], None]]:
     """Shows on stderr how a run goes on: a bar under the endings, or plain lines."""
-    total = len(planned)
+    total = num_endings
     width = max((len(case_label(item.case)) for item in planned), default=0)
 
     def line(progress: Progress, record: Record) -> str:
-        place = f"[{progress.index + 1:>{len(str(total))}}/{total}]"
+        place = f"[{progress.ended:>{len(str(total))}}/{total}]"
         return f"{place} {case_label(progress.case):<{width}}  {ending(record)}"
 
     if not (is_live and sys.stderr.isatty()):
@@ -122,6 +124,6 @@ def progress(planned: Sequence[Planned], *, is_live: bool) -> Iterator[Callable[
                 bar.update(task, description=f"{progress.phase}: {case_label(progress.case)}")
             else:
                 console.print(Text(line(progress, progress.record)))
-                bar.update(task, completed=progress.index + 1)
+                bar.update(task, completed=progress.ended)
 
         yield live

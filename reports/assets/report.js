@@ -94,6 +94,15 @@
       line.forEach((text) => element("td", text, row));
     }
   };
+  const drawSamples = (samples, parent) => {
+    const spec = structuredClone(data.strip);
+    spec.data.values = samples.points.map(([i, t, r]) => ({ i, t, r }));
+    spec.encoding.y.title = `time (${samples.unit})`;
+    if (new Set(samples.points.map(([, , r]) => r)).size < 2) spec.encoding.color = { value: "@sparse0" };
+    const box = element("div", undefined, parent);
+    box.className = "strip";
+    vegaEmbed(box, colored(spec), options).catch((error) => { box.textContent = error.message; });
+  };
   const open = (row) => {
     const wasOpen = row.nextElementSibling?.classList.contains("detail");
     closeDetails();
@@ -102,14 +111,22 @@
     detail.className = "detail";
     const cell = element("td", undefined, detail);
     cell.colSpan = row.cells.length;
-    const found = data.details[row.dataset.case];
+    const found = data.details[row.dataset.case] ?? {};
     const command = row.querySelector(".command code");
     if (command) element("code", command.textContent, element("p", undefined, cell));
-    if (row.title) element("p", row.title, cell);
-    if (found?.stages.length)
+    for (const [severity, text] of found.flags ?? []) {
+      const line = element("p", undefined, cell);
+      line.className = "flag";
+      element("span", severity, line).className = `badge is-${severity}`;
+      line.append(text);
+    }
+    if (found.log) element("pre", found.log.join("\n"), cell).className = "log";
+    if (found.samples) drawSamples(found.samples, cell);
+    if (found.measured) small(data.measured, found.measured, cell);
+    if (found.stages)
       small(["stage", "implementation", "kernel time", "share", "FLOP rate", "traffic"], found.stages, cell);
-    if (found?.kernels.length) small(["kernel", "stage", "calls", "time"], found.kernels, cell);
-    if (!found) element("p", "No stages or kernels were recorded for this case.", cell);
+    if (found.kernels) small(["kernel", "stage", "calls", "time"], found.kernels, cell);
+    if (!Object.keys(found).length) element("p", "Nothing more was recorded for this case.", cell);
     row.after(detail);
   };
 

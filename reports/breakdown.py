@@ -1,0 +1,161 @@
+"""Figures of what one line of DSA is made of: stages, memory, rates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from dsa_bench.reports import lines, units
+from dsa_bench.reports.chart import Axis, Figure, Mark, Series
+from dsa_bench.reports.digest import Digest
+from dsa_bench.reports.metrics import SHAPE, ceilings, sustained_ceilings
+from dsa_bench.reports.series import LENGTH, bar_series, overlay, points_of
+
+PREFILL_CEILINGS = {
+    "bf16_flops_per_second": "measured bf16 matmul rate",
+    "fp8_flops_per_second": "measured fp8 matmul rate",
+    "fp32_flops_per_second": "measured fp32 matmul rate",
+}
+FP8_NOTE = " Only an fp8 stage can pass the bf16 rate."
+DECODE_CEILINGS = {"copy_bytes_per_second": "measured copy rate"}
+
+
+def stage_times(report: Digest) -> list[Figure]:
+    """Kernel time of each stage of DSA as stacked bars over L."""
+    made = []
+    for panel in lines.bar_panels(report, "speedup"):
+        stages = _stages_of(panel, report)
+        if stages.empty:
+            continue
+        last = stages[stages["seq_len_kv"] == stages["seq_len_kv"].max()]
+        largest = last.sort_values("seconds").iloc[-1]
+        made.append(
+            Figure(
+                name=f"stages-{panel.slug}",
+                title=f"Where the time goes, {panel.title}",
+                question="Which stage of DSA takes the time?",
+                answer=f"At {units.format_length(largest['seq_len_kv'])} the stage "
+                f"{largest['stage']} takes {units.format_share(largest['share'])} of the kernel "
+                "time. Bars: the profiler's pass; diamonds: the timed call, launches and gaps "
+                "included.",
+                kind="bars",
+                x=LENGTH,
+                y=Axis(title="time of one call", text=units.format_seconds, log=False),
+                series=(
+                    *(
+                        bar_series(
+                            str(name), f"stage{min(i, 5)}", part, "seconds", units.format_seconds
+                        )
+                        for i, (name, part) in enumerate(stages.groupby("stage", sort=False))
+                    ),
+                    overlay("timed call", panel.rows, "seconds", units.format_seconds),
+                ),
+            )
+        )
+    return made
+
+
+def memory(report: Digest) -> list[Figure]:
+    """Peak memory of one call, split; beside it the peak of the fastest dense attention."""
+    made = []
+    for panel in lines.bar_panels(report, "peak_bytes"):
+        rows = panel.rows
+        last = rows.sort_values("seq_len_kv").iloc[-1]
+        dense = _dense_peers(report.cases, rows)
+        parts = (
+            ("inputs", "input_bytes"),
+            ("outputs", "output_bytes"),
+            ("workspace", "workspace_bytes"),
+        )
+        bars = [
+            bar_series(label, f"stage{i}", rows, column, units.format_bytes)
+            for i, (label, column) in enumerate(parts)
+        ]
+        if not dense.empty:
+            bars.append(overlay("dense, peak", dense, "peak_bytes", units.format_bytes))
+        made.append(
+            Figure(
+                name=f"memory-{panel.slug}",
+                title=f"Memory, {panel.title}",
+                question="How much device memory does one call need?",
+                answer=f"At {units.format_length(last['seq_len_kv'])} the peak is "
+                f"{units.format_bytes(last['peak_bytes'])}, of which "
+                f"{units.format_bytes(last['workspace_bytes'])} is workspace (logits, parts)."
+                + ("" if dense.empty else " Diamonds: the fastest dense attention."),
+                kind="bars",
+                x=LENGTH,
+                y=Axis(title="bytes on the device", text=units.format_bytes, base=2, log=False),
+                series=tuple(bars),
+            )
+        )
+    return made
+
+
+def rates(report: Digest) -> list[Figure]:
+    """What each stage achieves: FLOP/s in prefill, bytes/s in decode, with the measured ceiling."""
+    made = []
+    for panel in lines.bar_panels(report, "speedup"):
+        in_decode = panel.phase == "decode"
+        column = "bytes_per_second" if in_decode else "flops_per_second"
+        text = units.format_bandwidth if in_decode else units.format_flops
+        stages = _stages_of(panel, report)
+        roles = {stage: f"stage{min(i, 5)}" for i, stage in enumerate(stages["stage"].unique())}
+        stages = stages[stages[column].notna()]
+        if stages.empty:
+            continue
+        header = report.runs[int(stages["run"].iloc[0])].header
+        marks = _ceiling_marks(header, DECODE_CEILINGS if in_decode else PREFILL_CEILINGS)
+        by_fp8 = "bf16_flops_per_second" in ceilings(header) and "fp8" in set(stages["precision"])
+        made.append(
+            Figure(
+                name=f"rates-{panel.slug}",
+                title=f"Rate of each stage, {panel.title}",
+                question="How near is each stage to what the machine can do?",
+                answer="Bytes are counted once each, whatever a kernel reads again."
+                if in_decode
+                else f"FLOPs count valid entries.{FP8_NOTE if by_fp8 else ''} "
+                "Stages without matrix products are left out.",
+                x=LENGTH,
+                y=Axis(title="traffic" if in_decode else "FLOP rate", text=text, log=False),
+                series=tuple(
+                    Series(
+                        label=units.shorten(f"{stage} ({part['impl'].iloc[0]})"),
+                        role=roles[stage],
+                        points=points_of(part, column, text),
+                    )
+                    for stage, part in stages.groupby("stage", sort=False)
+                ),
+                marks=marks,
+            )
+        )
+    return made
+
+
+def _stages_of(panel: lines.Panel, report: Digest) -> pd.DataFrame:
+    stages, rows = report.stages, panel.rows
+    return stages[stages["key"].isin(rows["key"]) & stages["run"].isin(rows["run"])]
+
+
+def _ceiling_marks(header: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Mark, ...]:
+    """Levels of the measured rates: solid of a burst, dashed of seconds at a stretch."""
+    burst, sustained = ceilings(header), sustained_ceilings(header)
+    marks = [
+        Mark(kind="level", y=burst[name], label=label, style="solid")
+        for name, label in names.items()
+        if name in burst
+    ]
+    marks += [
+        Mark(kind="level", y=sustained[name], label=f"{label}, sustained", style="dashed")
+        for name, label in names.items()
+        if name in sustained
+    ]
+    return tuple(marks)
+
+
+def _dense_peers(cases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The dense cases that the DSA cases in `rows` are compared with."""
+    wanted = rows[[*SHAPE, "dense_impl", "dense_precision"]].rename(
+        columns={"dense_impl": "impl", "dense_precision": "precision"}
+    )
+    dense = cases[(cases["op"] == "dense_attention") & cases["peak_bytes"].notna()]
+    return dense.merge(wanted, on=[*SHAPE, "impl", "precision"], how="inner")
