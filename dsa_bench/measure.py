@@ -97,7 +97,8 @@ class Sampler:
     """Takes the samples of one case, visit by visit."""
 
     calls: Sequence[Call]
-    """One for each input set."""
+    """One for each input set; in `sustained` one for all of them in turn."""
+    num_sets: int
     meter: Meter
     effort: Effort
     mode: str
@@ -135,8 +136,10 @@ class Sampler:
         self.blocks.append(len(self.samples) - before)
         if isinstance(self.meter, SustainedMeter):
             self.meter.pause()
-        if watch is not None and watch.chooses(len(self.calls) - 1, is_last=True):
+        # a round ends with the last set
+        if watch is not None and watch.chooses(self.num_sets - 1, is_last=True):
             watch.keep(self.calls[-1]())
+            watch.end()
 
     def _sample(self, index: int, call: Call, watch: Watch | None, *, is_last: bool) -> None:
         if watch is None or not watch.chooses(index, is_last=is_last):
@@ -144,6 +147,7 @@ class Sampler:
             return
         self.samples.append(self.meter.sample(call, watch.keep))
         self.fresh.append(self.samples[-1].seconds)
+        watch.end()
 
     def _warm_up(self) -> None:
         begin = self.clock()
@@ -182,7 +186,7 @@ class Sampler:
             stop=self.stop,
             blocks=tuple(self.blocks),
             overtaken=tuple(i for i, sample in enumerate(self.samples) if sample.overtaken),
-            input_sets=len(self.calls),
+            input_sets=self.num_sets,
             calls_per_sample=getattr(self.meter, "calls_per_sample", 1),
             fresh_seconds=tuple(self.fresh),
             warmup_calls=self.warmup_calls,
@@ -230,6 +234,7 @@ def open_sampler(
         meter = CudaMeter(NO_FLUSH if mode == "warm" else l2_flush(machine))
     return Sampler(
         calls=calls,
+        num_sets=len(input_sets),
         meter=meter,
         effort=effort,
         mode=mode,

@@ -80,6 +80,8 @@ class Job:
     sampler: measure.Sampler | None = None
     energy: tuple[float, int] | None = None
     """Joules, and the calls that took them."""
+    fresh: Any = None
+    """Inputs that nobody can know, which a watched call has met."""
     same_inputs: tuple[str, ...] = ()
     """The flag of a case for which no new inputs could be made."""
     time: Timing | None = None
@@ -123,15 +125,18 @@ class Job:
         The first call runs on the last set, so that what the gate sees for the first set cannot be
         left over from it.
         """
-        make, shape, machine = self.resolved.operator.make_inputs, self.resolved.shape, self.machine
         self.input_sets = input_sets.make_sets(
-            lambda offset: make(shape, seed=self.case.seed + offset, device=machine.device),
+            lambda offset: self._make(self.case.seed + offset),
             wanted=input_sets.MAX_SETS if self.verb == "run" else 2,
             input_bytes=self.predicted.input_bytes,
-            spare_bytes=free_bytes(machine) - self.predicted.total_bytes,
+            spare_bytes=free_bytes(self.machine) - self.predicted.total_bytes,
         )
         self.resolved.run(self.input_sets[-1])
         self._synchronize()
+
+    def _make(self, seed: int) -> Any:
+        make, shape = self.resolved.operator.make_inputs, self.resolved.shape
+        return make(shape, seed=seed, device=self._device)
 
     def _gate(self) -> None:
         self.enter("gate")
@@ -174,25 +179,38 @@ class Job:
                 machine=self.machine,
                 watching=self.monitor.watching,
             )
-        watch = Watch(self.sampler.expected_samples, self._renew) if self.options.gate else None
+        watch = None
+        if self.options.gate:
+            watch = Watch(self.sampler.expected_samples, self._renew, self._restore)
         joules, calls = self.monitor.energy_joules(), len(self.sampler.samples)
         self.sampler.visit(number, watch)
         self._keep_energy(joules, len(self.sampler.samples) - calls)
         if watch is not None and watch.set_index is not None:
             self._recheck(watch.outputs, watch.set_index)
+            self.fresh = None
 
     def _renew(self, set_index: int) -> None:
         """Leave nothing that the next call could hand out without computing it."""
         assert self.sampler is not None
-        make, shape, device = self.resolved.operator.make_inputs, self.resolved.shape, self._device
         try:
-            seed = random.SystemRandom().getrandbits(62)
-            input_sets.refill(self.input_sets[set_index], make(shape, seed=seed, device=device))
+            self.fresh = self._make(random.SystemRandom().getrandbits(62))
+            input_sets.refill(self.input_sets[set_index], self.fresh)
         except torch.OutOfMemoryError:
             # the old contents must do
-            self.same_inputs = ("same_inputs",)
+            self.fresh, self.same_inputs = None, ("same_inputs",)
         self.sampler.spoil(set_index)
         self._poison()
+
+    def _restore(self, set_index: int) -> None:
+        """Give a set its own contents back."""
+        if self.fresh is None:
+            return
+        try:
+            own = self._make(self.case.seed + set_index)
+            input_sets.refill(self.input_sets[set_index], own)
+        except torch.OutOfMemoryError:
+            # the set keeps what it has, and is what the output is held against
+            self.fresh = None
 
     def _keep_energy(self, before: float | None, samples: int) -> None:
         after = self.monitor.energy_joules()
@@ -230,7 +248,7 @@ class Job:
         """Look at the output of a timed call, on rows that nobody could foresee."""
         self.enter("recheck")
         verdict = self._check(
-            self.input_sets[set_index],
+            self.input_sets[set_index] if self.fresh is None else self.fresh,
             outputs,
             seed=random.SystemRandom().getrandbits(62),
             limit=gate.RECHECKED_ROWS,

@@ -1,8 +1,9 @@
 """Keeps what one timed call of a visit returned, for the gate to look at afterwards.
 
 Which call it will be cannot be known before it is made. Just before it, its inputs get contents
-that it has never met; its output is copied on the caller's stream as soon as the call is queued, so
-that work which the caller's stream does not wait for is not in the copy.
+that it has never met, and afterwards their own again: all other calls run on the same data in every
+run. Its output is copied on the caller's stream as soon as the call is queued, so that work which
+the caller's stream does not wait for is not in the copy.
 """
 
 import random
@@ -21,12 +22,13 @@ class Watch:
     def __init__(
         self,
         expected_calls: int,
-        prepare: Callable[[int], None],
+        renew: Callable[[int], None],
+        restore: Callable[[int], None],
         *,
         choose: Callable[[int], int] = _unforeseen,
     ) -> None:
         self._left = choose(max(1, expected_calls))
-        self._prepare = prepare
+        self._renew, self._restore = renew, restore
         self.outputs: Any = None
         self.set_index: int | None = None
         """Which input set the call ran on; None as long as none was chosen."""
@@ -37,17 +39,22 @@ class Watch:
         return self.set_index is None
 
     def chooses(self, set_index: int, *, is_last: bool = False) -> bool:
-        """Whether the next call is the one; if so, its inputs are made ready."""
+        """Whether the next call is the one; if so, its inputs are renewed."""
         self._left -= 1
         if not self.is_due or (self._left >= 0 and not is_last):
             return False
-        self._prepare(set_index)
+        self._renew(set_index)
         self.set_index = set_index
         return True
 
     def keep(self, outputs: Any) -> None:
         """Copy what the chosen call returned."""
         self.outputs = copy_of(outputs)
+
+    def end(self) -> None:
+        """The chosen call is over: its inputs get their own contents back."""
+        assert self.set_index is not None
+        self._restore(self.set_index)
 
 
 def copy_of(outputs: Any) -> Any:

@@ -219,9 +219,12 @@ def release_memory() -> bool:
 def serve(requests: Iterable[str], emit: Emit) -> int:
     """Answer requests until there are none; the exit code."""
     before = nvml.processes_before()
-    for line in requests:
+    for number, line in enumerate(requests):
         if not answer(json.loads(line), emit, before):
             return 1
+        if number == 0:
+            # all modules are loaded: looking through them again takes 0.1 s for each case
+            gc.freeze()
     return 0
 
 

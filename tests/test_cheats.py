@@ -10,7 +10,7 @@ import torch
 from dsa_bench import doubt, measure, registry, worker
 from dsa_bench.measure import Effort
 from dsa_bench.record import Record
-from tests import cheats
+from tests import cheats, fake_operator
 from tests.cheats import CHEATS, GPU_CHEATS
 from tests.fake_operator import case
 
@@ -101,3 +101,21 @@ def test_gpu_patched_events_do_not_make_it_faster() -> None:
     honest, patched = take("honest", "cuda"), take("patched_events", "cuda")
     assert honest.time is not None and patched.time is not None
     assert min(patched.time.seconds) > min(honest.time.seconds) / 2
+
+
+def test_inputs_are_their_own_again_behind_a_watched_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+    plain = worker.Job.visit
+
+    def visit(self: worker.Job, number: int) -> None:
+        plain(self, number)
+        seen.append([inputs.x.sum().item() for inputs in self.input_sets])
+
+    monkeypatch.setattr(worker.Job, "visit", visit)
+    assert take("honest").status == "ok"
+    shape = fake_operator.FakeShape(num_rows=ROWS)
+    expected = [
+        fake_operator.make_inputs(shape, seed=seed, device="cpu").x.sum().item()
+        for seed in range(3)
+    ]
+    assert seen == [expected, expected]

@@ -15,11 +15,15 @@ class Outputs(NamedTuple):
     nothing: None = None
 
 
+def nothing(index: int) -> None:
+    """The inputs may stay as they are."""
+
+
 def test_every_call_is_chosen_equally_often() -> None:
     calls, rounds = 20, 4000
     kept: Counter[int] = Counter()
     for _ in range(rounds):
-        watch = Watch(calls, lambda index: None)
+        watch = Watch(calls, nothing, nothing)
         kept[[watch.chooses(0) for _ in range(calls)].index(True)] += 1
     assert set(kept) == set(range(calls))
     # 200 of each, standard deviation 14
@@ -28,17 +32,23 @@ def test_every_call_is_chosen_equally_often() -> None:
 
 def test_inputs_are_renewed_before_the_chosen_call_and_only_once() -> None:
     order: list[object] = []
-    watch = Watch(10, lambda index: order.append(("renew", index)), choose=lambda calls: 1)
+    watch = Watch(
+        10,
+        lambda index: order.append(("renew", index)),
+        lambda index: order.append(("restore", index)),
+        choose=lambda calls: 1,
+    )
     assert watch.is_due and not watch.chooses(0)
     assert watch.chooses(2) and not watch.is_due
     order.append("call")
     watch.keep(Outputs(torch.ones(2), torch.tensor([1])))
+    watch.end()
     assert not watch.chooses(0) and not watch.chooses(1, is_last=True)
-    assert order == [("renew", 2), "call"] and watch.set_index == 2
+    assert order == [("renew", 2), "call", ("restore", 2)] and watch.set_index == 2
 
 
 def test_last_call_is_chosen_if_no_other_was() -> None:
-    watch = Watch(10, lambda index: None, choose=lambda calls: 9)
+    watch = Watch(10, nothing, nothing, choose=lambda calls: 9)
     assert not watch.chooses(0) and watch.chooses(1, is_last=True)
 
 
