@@ -5,6 +5,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,11 +92,15 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
     command_line = Layer(source="", table=request.overrides)
     named = [sweep.load(request.sweep)] if request.sweep else []
     _refuse_early(request, [*named, command_line])
-    # torch is loaded from here on
-    from dsa_bench import plan
     from dsa_bench.probe import probe
 
-    found = probe(request.device, with_ceilings=request.verb == "run" and not is_dry)
+    with_ceilings = request.verb == "run" and not is_dry
+    with ThreadPoolExecutor(max_workers=1) as other:
+        asked = other.submit(probe, request.device, with_ceilings=with_ceilings)
+        # loads torch, which takes seconds: meanwhile another process examines the machine
+        from dsa_bench import plan
+
+        found = asked.result()
     name = request.sweep or DEFAULT_SWEEPS[request.verb][found.machine.device]
     wanted = sweep.resolve(name, *(named or [sweep.load(name)]), command_line)
     planned = plan.plan(wanted, found.machine)

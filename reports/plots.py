@@ -68,6 +68,8 @@ def write_figure(figure: Figure, folder: Path) -> Path:
         canvas = _draw(figure)
         path = folder / f"{figure.name}.png"
         canvas.savefig(path, dpi=DPI, metadata={"Software": "dsa-bench"})
+        # the layout is found, and finding it again takes as long as drawing
+        canvas.set_layout_engine("none")
         canvas.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
     return path
 
