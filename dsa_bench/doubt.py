@@ -116,7 +116,7 @@ FLAGS = {
         Flag(
             name="same_inputs",
             severity="noisy",
-            rule="memory held no second set of inputs, so a kept result would not show",
+            rule="memory held no new inputs or no copy of the output: a kept result would not show",
             hint="take fewer sequences, or a GPU with more memory",
         ),
         Flag(

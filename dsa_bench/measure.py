@@ -178,6 +178,10 @@ class Sampler:
         return self.blocks[-1] if self.blocks else MIN_SAMPLES // VISITS
 
     @property
+    def calls_per_sample(self) -> int:
+        return self.meter.calls_per_sample if isinstance(self.meter, SustainedMeter) else 1
+
+    @property
     def timing(self) -> Timing:
         """All that was sampled so far."""
         return Timing(
@@ -187,7 +191,7 @@ class Sampler:
             blocks=tuple(self.blocks),
             overtaken=tuple(i for i, sample in enumerate(self.samples) if sample.overtaken),
             input_sets=self.num_sets,
-            calls_per_sample=getattr(self.meter, "calls_per_sample", 1),
+            calls_per_sample=self.calls_per_sample,
             fresh_seconds=tuple(self.fresh),
             warmup_calls=self.warmup_calls,
             event_overhead_seconds=self.meter.event_overhead,

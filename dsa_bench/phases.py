@@ -1,8 +1,9 @@
 """The phases of one case inside a worker: build, gate, measure, recheck, memory, trace."""
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,17 +178,19 @@ class Job:
                 mode=self.mode,
                 effort=measure.EFFORTS[self.options.effort],
                 machine=self.machine,
-                watching=self.monitor.watching,
+                watching=self._watching,
             )
         watch = None
         if self.options.gate:
             watch = Watch(self.sampler.expected_samples, self._renew, self._restore)
-        joules, calls = self.monitor.energy_joules(), len(self.sampler.samples)
         self.sampler.visit(number, watch)
-        self._keep_energy(joules, len(self.sampler.samples) - calls)
-        if watch is not None and watch.set_index is not None:
+        if watch is None or watch.set_index is None:
+            return
+        if watch.outputs is None:
+            self.same_inputs = ("same_inputs",)
+        else:
             self._recheck(watch.outputs, watch.set_index)
-            self.fresh = None
+        self.fresh = None
 
     def _renew(self, set_index: int) -> None:
         """Leave nothing that the next call could hand out without computing it."""
@@ -212,14 +215,22 @@ class Job:
             # the set keeps what it has, and is what the output is held against
             self.fresh = None
 
-    def _keep_energy(self, before: float | None, samples: int) -> None:
-        after = self.monitor.energy_joules()
-        assert self.sampler is not None
-        if self.sampler.mode != "sustained" or before is None or after is None:
-            return
-        joules, calls = self.energy or (0.0, 0)
-        calls += samples * self.sampler.timing.calls_per_sample
-        self.energy = joules + after - before, calls
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Around the samples of a visit, without its warm-up: telemetry, and the energy of calls.
+
+        As many batches are queued ahead at the beginning as at the end.
+        """
+        sampler = self.sampler
+        assert sampler is not None
+        before, count = self.monitor.energy_joules(), len(sampler.samples)
+        with self.monitor.watching():
+            yield
+        after, calls_per_sample = self.monitor.energy_joules(), sampler.calls_per_sample
+        if sampler.mode == "sustained" and before is not None and after is not None:
+            joules, calls = self.energy or (0.0, 0)
+            calls += (len(sampler.samples) - count) * calls_per_sample
+            self.energy = joules + after - before, calls
 
     def close(self) -> Record:
         """What comes behind the stopwatch, and the record."""

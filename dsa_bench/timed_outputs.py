@@ -6,6 +6,7 @@ run. Its output is copied on the caller's stream as soon as the call is queued, 
 the caller's stream does not wait for is not in the copy.
 """
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ class Watch:
         self._left = choose(max(1, expected_calls))
         self._renew, self._restore = renew, restore
         self.outputs: Any = None
+        """A copy; None as long as no call was chosen, or where memory held none."""
         self.set_index: int | None = None
         """Which input set the call ran on; None as long as none was chosen."""
 
@@ -48,8 +50,9 @@ class Watch:
         return True
 
     def keep(self, outputs: Any) -> None:
-        """Copy what the chosen call returned."""
-        self.outputs = copy_of(outputs)
+        """Copy what the chosen call returned, where there is room for it."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.outputs = copy_of(outputs)
 
     def end(self) -> None:
         """The chosen call is over: its inputs get their own contents back."""

@@ -3,9 +3,11 @@
 from collections import Counter
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from dsa_bench import timed_outputs
 from dsa_bench.timed_outputs import Watch, copy_of, spoil
 
 
@@ -50,6 +52,17 @@ def test_inputs_are_renewed_before_the_chosen_call_and_only_once() -> None:
 def test_last_call_is_chosen_if_no_other_was() -> None:
     watch = Watch(10, nothing, nothing, choose=lambda calls: 9)
     assert not watch.chooses(0) and watch.chooses(1, is_last=True)
+
+
+def test_an_output_without_room_for_a_copy_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(outputs: object) -> object:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(timed_outputs, "copy_of", full)
+    watch = Watch(1, nothing, nothing)
+    assert watch.chooses(0)
+    watch.keep(Outputs(torch.ones(2), torch.tensor([1])))
+    assert watch.outputs is None and watch.set_index == 0
 
 
 def test_copy_is_no_view_and_keeps_its_kind() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_bench import gate, measure, registry, worker
+from dsa_bench import gate, measure, phases, registry, worker
 from dsa_bench.measure import Effort
 from dsa_bench.operator import Memory
-from dsa_bench.record import Case, Record
+from dsa_bench.record import Case, Record, Telemetry
+from dsa_bench.telemetry import Monitor
 from tests import fake_operator
 from tests.fake_operator import case
 
@@ -273,3 +274,34 @@ def test_the_process_answers_on_its_descriptor_only() -> None:
     assert [e["event"] for e in events] == ["phase", "phase", "record", "done"] * 2
     assert Record.from_json(events[2]["record"]).case == wanted
     assert [e["record"]["status"] for e in events if e["event"] == "record"] == ["ok", "ok"]
+
+
+def test_energy_counts_the_samples_and_no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meter(Monitor):
+        """100 joules at each look."""
+
+        joules = 0.0
+
+        def energy_joules(self) -> float:
+            self.joules += 100.0
+            return self.joules
+
+        def take(self) -> Telemetry:
+            return Telemetry(sm_clock_max_mhz=1000.0)
+
+    def sampler(run: Any, sets: Any, **options: Any) -> measure.Sampler:
+        made = plain(run, sets, **options)
+        made.mode = "sustained"
+        return made
+
+    plain = measure.open_sampler
+    monkeypatch.setattr(measure, "open_sampler", sampler)
+    monkeypatch.setattr(measure, "SUSTAINED_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "SUSTAINED_WARMUP_SECONDS", 0.05)
+    monkeypatch.setattr(phases, "open_monitor", lambda machine, before: Meter())
+    record, _, _ = ask(case("best"), profile=False)
+    assert record.time is not None and record.time.telemetry is not None
+    telemetry = record.time.telemetry
+    assert telemetry.energy_joules == 100.0 * measure.VISITS
+    assert telemetry.energy_calls == len(record.time.seconds)
+    assert record.time.warmup_calls > 0
