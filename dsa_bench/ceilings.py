@@ -19,6 +19,9 @@ from dsa_bench import nvml as management
 from dsa_bench.operator import Machine
 
 SCHEMA = "dsa-bench/ceilings@1"
+BF16, FP32 = "bf16_flops_per_second", "fp32_flops_per_second"
+RATES_VERSION = 2
+"""Of what is measured: rates of another version are measured again."""
 FOLDER_VARIABLE = "DSA_BENCH_CACHE"
 GIB = 2**30
 MIB = 2**20
@@ -86,7 +89,7 @@ def cache_file() -> Path:
 
 def cache_key(machine: Machine) -> str:
     """All that a rate depends on: the very GPU, its driver and power limit, torch."""
-    parts = [machine.name, f"torch {torch.__version__}"]
+    parts = [f"rates {RATES_VERSION}", machine.name, f"torch {torch.__version__}"]
     if machine.device == "cpu":
         cores = len(os.sched_getaffinity(0))
         return " | ".join((*parts, f"{cores} cores", f"{torch.get_num_threads()} threads"))
@@ -131,13 +134,16 @@ def measure_ceilings(machine: Machine, *, sustained: bool = True) -> dict[str, f
 
     `copy_bytes_per_second` counts bytes read and written, `l2_bytes_per_second` (GPU) bytes read.
     `bf16_flops_per_second` (and `fp8_…` where the card has it) counts 2 for each multiply-add; a
-    CPU has `fp32_flops_per_second`, the precision of its references. Each is the best of several
-    calls. `sustained_…` of copy and products (GPU) is the mean over the last of two seconds of
-    calls back to back, where the power limit has pulled the clock down: seven seconds in all.
+    CPU has `fp32_…` beside it, the precision of its references, and as `bf16_…` the higher of both,
+    for there a bf16 case may be computed in fp32. Each is the best of several calls. `sustained_…`
+    of copy and products (GPU) is the mean over the last of two seconds of calls back to back, where
+    the power limit has pulled the clock down: seven seconds in all.
     """
     calls, is_gpu = _calls(machine), machine.device == "cuda"
     best = {name: _best_seconds(call, machine.device) for name, (call, _) in calls.items()}
     out = {name: work / best[name] for name, (_, work) in calls.items()}
+    if not is_gpu:
+        out[BF16] = max(out[BF16], out[FP32])
     # only now: seconds of work heat the card and would pull down the bursts
     for name, (call, work) in calls.items():
         if sustained and is_gpu and not name.startswith("l2"):
@@ -178,10 +184,10 @@ def _products(machine: Machine) -> dict[str, Callable[[], Any]]:
     # random, for a product of zeros draws less power and runs faster
     a = torch.randn(size, size, device=machine.device)
     b = torch.randn(size, size, device=machine.device)
-    if machine.device == "cpu":
-        return {"fp32": lambda: a @ b}
     a16, b16 = a.bfloat16(), b.bfloat16()
     products: dict[str, Callable[[], Any]] = {"bf16": lambda: a16 @ b16}
+    if machine.device == "cpu":
+        return products | {"fp32": lambda: a @ b}
     if machine.capability is not None and machine.capability >= (8, 9):
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         one = torch.ones((), device=machine.device)

@@ -40,6 +40,8 @@ from dsa_bench.untrusted import (
 )
 
 HEADER = "run.json"
+UNFINISHED = f".{HEADER}"
+"""A header that is being written."""
 RECORDS = "records.jsonl"
 # statuses that a resume leaves alone; the others may end differently another time
 ENDED = frozenset({"ok", "wrong", "skipped"})
@@ -134,8 +136,10 @@ def _storable(value: Any) -> Any:
 
 
 def expect_free(path: Path) -> None:
-    """UsageError if there is anything in this place."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """UsageError if there is anything in this place; the beginning of a header that a killed run
+    left behind doesn't count.
+    """
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {UNFINISHED}):
         raise UsageError(
             f"{path} exists and isn't empty (choose another folder with -o,"
             f" or continue that run with --resume {path})"
@@ -149,7 +153,7 @@ def create_run(path: Path, header: Mapping[str, Any]) -> None:
     if len(content) > MAX_HEADER_BYTES:
         raise UsageError("the plan of this sweep is too large to be kept (split the sweep)")
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / f".{HEADER}"
+    temporary = path / UNFINISHED
     with temporary.open("w", encoding="utf-8") as file:
         file.write(content)
         file.flush()

@@ -248,3 +248,12 @@ def test_fields_of_a_newer_version_are_read_over() -> None:
     assert Record.from_json(data) == written
     top = Record.from_json(data | {"joules": 5})
     assert top.extra == {"joules": 5} and top.to_json()["joules"] == 5
+
+
+def test_a_header_that_was_being_written_is_no_run(tmp_path: Path) -> None:
+    """A run that was killed in its first milliseconds can be begun again in the same place."""
+    (tmp_path / ".run.json").write_text('{"sche')
+    store.expect_free(tmp_path)
+    store.create_run(tmp_path, {"verb": "run"})
+    assert read_run(tmp_path).header["verb"] == "run"
+    assert not (tmp_path / ".run.json").exists()
