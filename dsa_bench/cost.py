@@ -7,8 +7,10 @@ COPY_CEILING = "copy_bytes_per_second"
 L2_CEILING = "l2_bytes_per_second"
 FLOPS_SUFFIX = "_flops_per_second"
 SUSTAINED_PREFIX = "sustained_"
-CACHED_MODES = ("warm", "sustained")
-"""Modes in which the inputs of a call may lie in L2 since the one before."""
+CACHED_MODES = ("warm", "sustained", "cpu")
+"""Modes in which the inputs of a call may lie in a cache since the one before; nobody flushes those
+of a CPU.
+"""
 
 
 def floor_seconds(
@@ -21,8 +23,8 @@ def floor_seconds(
 
     `cost` has the keys of `Record.cost`; `ceilings` those of `ceilings.measure_ceilings`, of which
     the burst rates count. So that the floor stays one, the matmul rate is that of `precision`
-    where it was measured, else the highest there is; and in the modes `warm` and `sustained` bytes
-    go at the rate of L2, or at once where that was not measured.
+    where it was measured, else the highest there is; and in CACHED_MODES bytes go at the rate of
+    L2, or at once where that was not measured.
     """
     copy_rate = ceilings.get(COPY_CEILING)
     rate = ceilings.get(precision + FLOPS_SUFFIX) or max(_burst_flops(ceilings), default=0.0)

@@ -184,7 +184,7 @@ Rule = Callable[[Record, Timing, float, Mapping[str, float]], bool]
 def judge(record: Record, ceilings: Mapping[str, float]) -> tuple[str, ...]:
     """What the worker saw, then what the samples show in the order of FLAGS, each once.
 
-    `ceilings` has the keys of `machine.measure_ceilings`, empty if they weren't measured. Judging
+    `ceilings` has the keys of `ceilings.measure_ceilings`, empty if they weren't measured. Judging
     a judged record gives the same flags.
     """
     shown = []
@@ -265,9 +265,7 @@ def _below_floor(
     unmeasured = precision == "fp8" and precision + cost.FLOPS_SUFFIX not in ceilings
     if unmeasured or not {"flops", "bytes_read", "bytes_written"} <= set(record.cost):
         return False
-    # nobody flushes the caches of a CPU: its inputs lie as in `warm`
-    mode = "warm" if timing.mode == "cpu" else timing.mode
-    floor = cost.floor_seconds(record.cost, ceilings, precision, mode)
+    floor = cost.floor_seconds(record.cost, ceilings, precision, timing.mode)
     return floor is not None and middle < FLOOR_SHARE * floor
 
 

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 
 from dsa_bench import timed_outputs
+from dsa_bench.doubt import LAUNCH_BOUND_SHARE
 from dsa_bench.meter import (
     NO_FLUSH,
     Call,
@@ -37,7 +38,7 @@ from dsa_bench.meter import (
 )
 from dsa_bench.operator import Machine, Run
 from dsa_bench.record import AUTO_MODE, Timing
-from dsa_bench.stats import median, median_interval
+from dsa_bench.stats import median, relative_half_width
 from dsa_bench.timed_outputs import Watch
 
 WARMUP_CALLS = 3
@@ -45,7 +46,6 @@ WARMUP_SECONDS = 0.05
 MIN_SAMPLES = 20
 MIN_SAMPLES_SLOW = 5
 MAX_SAMPLES = 2000
-LAUNCH_BOUND_SHARE = 0.05
 VISITS = 2
 BATCH_SECONDS = 0.02
 """Length of one sample of `sustained`: long beside the events, short beside the visit."""
@@ -142,12 +142,15 @@ class Sampler:
             watch.end()
 
     def _sample(self, index: int, call: Call, watch: Watch | None, *, is_last: bool) -> None:
+        begin = self.clock()
         if watch is None or not watch.chooses(index, is_last=is_last):
             self.samples.append(self.meter.sample(call))
             return
         self.samples.append(self.meter.sample(call, watch.keep))
         self.fresh.append(self.samples[-1].seconds)
         watch.end()
+        # making inputs can take longer than all samples: it isn't their time
+        self.elapsed -= self.clock() - begin
 
     def _warm_up(self) -> None:
         begin = self.clock()
@@ -348,7 +351,7 @@ def stop_reason(
     # an interval of thousands of samples after each of them would take longer than they do
     judged = n < 50 or n % 25 == 0
     wanted = effort.half_width / math.sqrt(share)
-    if n >= share * MIN_SAMPLES and judged and half_width(seconds, blocks) <= wanted:
+    if n >= share * MIN_SAMPLES and judged and relative_half_width(seconds, blocks) <= wanted:
         return "settled"
     if n >= share * MAX_SAMPLES:
         return "max_samples"
@@ -357,11 +360,6 @@ def stop_reason(
     return ""
 
 
-def half_width(seconds: Sequence[float], blocks: Sequence[int]) -> float:
-    """Half the width of the median's interval as a share of the median."""
-    low, high = median_interval(seconds, blocks=blocks)
-    return (high - low) / 2 / median(seconds)
-
-
 def _last_word(seconds: Sequence[float], blocks: Sequence[int], effort: Effort) -> str:
-    return "settled" if half_width(seconds, blocks) <= effort.half_width else "max_seconds"
+    is_narrow = relative_half_width(seconds, blocks) <= effort.half_width
+    return "settled" if is_narrow else "max_seconds"

@@ -13,6 +13,7 @@ from typing import Any
 
 from dsa_bench.record import Case, Record
 from dsa_bench.schedule import Group
+from dsa_bench.store import LOST_WORKERS_LIMIT
 from dsa_bench.worker_process import (
     Worker,
     WorkerDied,
@@ -20,9 +21,6 @@ from dsa_bench.worker_process import (
     WorkerTimeout,
     start_worker,
 )
-
-MAX_LOST = 2
-"""Workers that one case may cost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,10 +199,10 @@ class _Session:
         del request.waiting[case.key]
         place = (case.key, self.replicate)
         self.lost[place] = self.lost.get(place, 0) + 1
-        if status == "failed" and self.lost[place] < MAX_LOST:
+        if status == "failed" and self.lost[place] < LOST_WORKERS_LIMIT:
             again.append(case)
             return
-        if self.lost[place] >= MAX_LOST:
+        if self.lost[place] >= LOST_WORKERS_LIMIT:
             reason = f"{reason} (set aside: it has cost {self.lost[place]} workers)"
         log = self.worker.last_lines if self.worker is not None else ()
         self._end(Record(case=case, status=status, reason=reason, log=log))

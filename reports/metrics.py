@@ -154,9 +154,7 @@ def _floor(row: Mapping[str, Any], limits: Mapping[str, float]) -> float | None:
     # below the fp8 rate that nobody measured, a floor would not be one
     if row["precision"] == "fp8" and "fp8_flops_per_second" not in limits:
         return None
-    # nobody flushes the caches of a CPU: its inputs lie as in `warm`
-    mode = "warm" if row["mode"] == "cpu" else str(row["mode"])
-    return cost.floor_seconds(needed, limits, row["precision"], mode)
+    return cost.floor_seconds(needed, limits, row["precision"], str(row["mode"]))
 
 
 def _tokens(table: pd.DataFrame) -> pd.Series:

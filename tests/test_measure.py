@@ -192,6 +192,18 @@ def test_a_visit_that_settles_early_still_watches_its_last_call() -> None:
     assert taken.stop == "settled" and len(taken.fresh) == 1
 
 
+def test_making_new_inputs_is_not_the_time_of_the_samples() -> None:
+    taken = sampler(0.01, calls=[lambda: [torch.zeros(1)]])
+
+    def slowly(index: int) -> None:
+        taken.clock.now += 50.0  # type: ignore[attr-defined]
+
+    for number in range(VISITS):
+        taken.visit(number, Watch(1, slowly, slowly, choose=lambda calls: 0))
+    assert taken.stop == "settled" and len(taken.samples) == measure.MIN_SAMPLES
+    assert taken.elapsed == pytest.approx(0.01 * (measure.MIN_SAMPLES - VISITS))
+
+
 def test_sustained_watches_a_call_behind_the_train() -> None:
     taken = sampler(0.02, mode="sustained", calls=[lambda: [torch.zeros(1)]], num_sets=3)
     watch, prepared = keeping(10, 3)
