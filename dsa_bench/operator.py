@@ -117,8 +117,10 @@ class Operator:
     """phase -> names of the operators it is composed of, in order; None for a plain operator."""
     compose: Callable[[str, Mapping[str, Implementation]], Run] | None = None
     """(phase, stage -> implementation) -> the composition."""
-    stage_shapes: Callable[[Any], Mapping[str, Any]] | None = None
-    """shape -> stage -> that stage's shape, for its cost and for `supports`."""
+    stage_shapes: Callable[[Any], Mapping[str, tuple[Any, ...]]] | None = None
+    """shape -> stage -> the shapes of that stage's calls, for its cost and for `supports`; a stage
+    that this shape does without has none.
+    """
     figures: Callable[..., Mapping[str, Any]] | None = None
     """(inputs, outputs, *, rows=None) -> figures that no verdict rests on: the error of DSA against
     dense attention.

@@ -322,14 +322,17 @@ class Job:
 
 
 def _blank_stages(resolved: registry.Resolved) -> list[StageTime]:
-    """Name, implementation and cost of each stage; the seconds come from the trace."""
+    """Name, implementation and cost of each stage that is called; the seconds come from the trace."""
     stages = []
     for name, part in resolved.parts.items():
-        operator, shape = registry.operator(name), resolved.stage_shapes[name]
-        cost = _cost_figures(operator, shape)
-        stages.append(StageTime(name=name, impl=part.name, seconds=0.0, **cost))
+        operator, calls = registry.operator(name), resolved.stage_shapes[name]
+        if calls:
+            cost = _cost_figures(operator, *calls)
+            stages.append(StageTime(name=name, impl=part.name, seconds=0.0, **cost))
     return stages
 
 
-def _cost_figures(operator: Operator, shape: Any) -> dict[str, float]:
-    return {k: float(v) for k, v in dataclasses.asdict(operator.cost(shape)).items()}
+def _cost_figures(operator: Operator, *shapes: Any) -> dict[str, float]:
+    """Of one call of each shape, together."""
+    costs = [dataclasses.asdict(operator.cost(shape)) for shape in shapes]
+    return {name: float(sum(cost[name] for cost in costs)) for name in costs[0]}

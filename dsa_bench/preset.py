@@ -13,6 +13,9 @@ class Preset:
 
     name: str
     num_layers: int = 61
+    hidden_size: int = 7168
+    q_lora_rank: int = 1536
+    """Width of the query latent c^Q, from which main and index queries are made."""
     num_heads: int = 128
     """Query heads of the core attention; the sweep's axis `--heads` overrides it."""
     head_dim_nope: int = 128
@@ -25,6 +28,13 @@ class Preset:
     index_heads: int = 64
     index_dim: int = 128
     page_size: int = 64
+    norm_eps: float = 1e-6
+    """Of the RMS norms and of the layer norm of index keys."""
+    rope_theta: float = 10000.0
+    rope_original_len: int = 4096
+    """Positions that the rotation was trained for before YaRN stretched it."""
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
     rope_factor: float = 40.0
     """YaRN factor; it enters the softmax scale as mscale = 0.1 ln(factor) + 1."""
 
@@ -49,7 +59,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset(name="v3.2"),
-        # the same widths with an eighth of the heads, for a CPU
-        Preset(name="v3.2-cpu", num_heads=16, index_heads=8),
+        # the same widths of a head with an eighth of the heads, for a CPU
+        Preset(name="v3.2-cpu", hidden_size=1024, q_lora_rank=256, num_heads=16, index_heads=8),
     )
 }

@@ -45,7 +45,8 @@ class Resolved:
     run: Run
     parts: Mapping[str, Implementation]
     """stage -> implementation; a plain operator is its own only stage."""
-    stage_shapes: Mapping[str, Any]
+    stage_shapes: Mapping[str, tuple[Any, ...]]
+    """stage -> the shapes of its calls; none of a stage that the case does without."""
     reason: str | None
     """Why it cannot run here; None where it can."""
 
@@ -186,7 +187,7 @@ def resolve(case: Case, machine: Machine, *, workspace_bytes: int | None = None)
     names = _stage_names(owner, case)
     if names is None:
         part = implementation(case.op, str(case.impl))
-        parts, run, shapes = {case.op: part}, part.run, {case.op: shape}
+        parts, run, shapes = {case.op: part}, part.run, {case.op: (shape,)}
     else:
         parts = {stage: implementation(stage, name) for stage, name in names.items()}
         assert owner.compose is not None and owner.stage_shapes is not None
@@ -227,11 +228,17 @@ def _obstacle(
     parts: Mapping[str, Implementation], shapes: Mapping[str, Any], machine: Machine
 ) -> str | None:
     for stage, part in parts.items():
-        reason = part.supports(shapes[stage], machine)
+        reason = _refusal(part, shapes[stage], machine)
         if reason is not None:
             place = f"{stage}: " if len(parts) > 1 else ""
             return f"{place}{reason}"
     return None
+
+
+def _refusal(part: Implementation, shapes: Iterable[Any], machine: Machine) -> str | None:
+    """Why it cannot do one of these calls, or None."""
+    reasons = (part.supports(shape, machine) for shape in shapes)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def available(op_name: str, case: Case, preset: Preset, machine: Machine) -> list[str]:
@@ -240,14 +247,14 @@ def available(op_name: str, case: Case, preset: Preset, machine: Machine) -> lis
     Raises Unsupported where the shape of the case makes no sense. For a composed operator ask for
     its stages.
     """
-    return _available(op_name, operator(op_name).shape(case, preset), machine)
+    return _available(op_name, (operator(op_name).shape(case, preset),), machine)
 
 
-def _available(op_name: str, shape: Any, machine: Machine) -> list[str]:
+def _available(op_name: str, shapes: tuple[Any, ...], machine: Machine) -> list[str]:
     able = [
         name
         for name, part in reversed(implementations(op_name).items())
-        if part.supports(shape, machine) is None
+        if _refusal(part, shapes, machine) is None
     ]
     return [name for name in able if name != REFERENCE] or able
 
@@ -267,7 +274,7 @@ def choose(op_name: str, case: Case, preset: Preset, machine: Machine) -> str | 
         return dict.fromkeys(stages, REFERENCE) if stages else REFERENCE
     if stages:
         return {stage: _available(stage, shapes[stage], machine)[0] for stage in stages}
-    return _available(op_name, shape, machine)[0]
+    return _available(op_name, (shape,), machine)[0]
 
 
 def list_rows(machine: Machine) -> list[dict[str, Any]]:
@@ -307,4 +314,4 @@ def _listed_reason(owner: Operator, part: Implementation, machine: Machine) -> s
         shape = owner.shape(case, PRESETS[case.preset])
     except Unsupported as error:
         return str(error)
-    return _obstacle({owner.name: part}, {owner.name: shape}, machine)
+    return _obstacle({owner.name: part}, {owner.name: (shape,)}, machine)

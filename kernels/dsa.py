@@ -21,7 +21,7 @@ Source: DeepSeek-V3.2 report, section 2.1; chunking of the logits as in vLLM and
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -160,41 +160,60 @@ def compose(phase: str, stages: Mapping[str, Implementation]) -> Run:
     return lambda inputs: run_decode(inputs, stages)
 
 
-def query_chunks(inputs: DsaPrefillInputs) -> list[slice]:
+def query_chunks(num_queries: int, num_keys: int, workspace_bytes: int) -> list[slice]:
     """Cut the queries so that their fp32 logits over all keys fit into the workspace."""
-    num_queries, num_keys = inputs.q.shape[0], inputs.kv.shape[0]
     row_bytes = 4 * -(-num_keys // LOGITS_ALIGNMENT) * LOGITS_ALIGNMENT
-    size = max(1, inputs.workspace_bytes // row_bytes)
+    size = max(1, workspace_bytes // row_bytes)
     return [slice(i, min(i + size, num_queries)) for i in range(0, num_queries, size)]
 
 
 def run_prefill(inputs: DsaPrefillInputs, stages: Mapping[str, Implementation]) -> DsaOutputs:
-    selected = []
-    for part in query_chunks(inputs):
-        with record_function("stage:indexer"):
-            (logits,) = stages["indexer"].run(inputs.indexer_inputs(part))
-        with record_function("stage:topk"):
-            start, end = inputs.kv_start[part], inputs.kv_end[part]
-            (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, inputs.topk))
-        # before the next chunk's are made: one chunk of logits is the workspace
-        del logits
-        selected.append(indices)
-    with record_function("stage:topk"):
-        topk_indices = selected[0] if len(selected) == 1 else torch.cat(selected)
+    indexer_inputs = inputs.indexer_inputs(slice(None))
+    topk_indices = select_prefill(indexer_inputs, inputs.topk, inputs.workspace_bytes, stages)
     with record_function("stage:sparse_prefill"):
         out = stages["sparse_prefill"].run(inputs.attention_inputs(topk_indices))
     return DsaOutputs(out.out, out.lse, topk_indices)
 
 
-def run_decode(inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]) -> DsaOutputs:
-    with record_function("stage:paged_indexer"):
-        (logits,) = stages["paged_indexer"].run(inputs.indexer_inputs())
-    with record_function("stage:topk"):
-        rows = logits.flatten(0, 1)
-        (indices,) = stages["topk"].run(
-            topk.TopkInputs(rows, inputs.no_start, inputs.seq_lens.flatten(), inputs.topk)
+def select_prefill(
+    inputs: indexer.IndexerInputs,
+    topk_size: int,
+    workspace_bytes: int,
+    stages: Mapping[str, Implementation],
+) -> Tensor:
+    """topk_indices of every query, by indexer and topk alone, in chunks of queries."""
+    selected = []
+    num_queries, num_keys = inputs.index_q.shape[0], inputs.index_k.shape[0]
+    for part in query_chunks(num_queries, num_keys, workspace_bytes):
+        start, end = inputs.kv_start[part], inputs.kv_end[part]
+        chunk = replace(
+            inputs,
+            index_q=inputs.index_q[part],
+            index_weights=inputs.index_weights[part],
+            kv_start=start,
+            kv_end=end,
         )
-        indices = indices.view(*logits.shape[:2], inputs.topk)
+        with record_function("stage:indexer"):
+            (logits,) = stages["indexer"].run(chunk)
+        with record_function("stage:topk"):
+            (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, topk_size))
+        # before the next chunk's are made: one chunk of logits is the workspace
+        del logits
+        selected.append(indices)
+    if len(selected) == 1:
+        return selected[0]
+    with record_function("stage:topk"):
+        return torch.cat(selected)
+
+
+def run_decode(
+    inputs: DsaDecodeInputs,
+    stages: Mapping[str, Implementation],
+    *,
+    topk_indices: Tensor | None = None,
+) -> DsaOutputs:
+    """`topk_indices` [batch_size, seq_len_q, topk]: use this selection instead of making one."""
+    indices = select_decode(inputs, stages) if topk_indices is None else topk_indices
     with record_function("stage:page_slots"):
         (slots,) = stages["page_slots"].run(
             page_slots.PageSlotsInputs(indices, inputs.block_table, inputs.page_size)
@@ -202,6 +221,19 @@ def run_decode(inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]) ->
     with record_function("stage:sparse_decode"):
         out = stages["sparse_decode"].run(inputs.attention_inputs(slots))
     return DsaOutputs(out.out, out.lse, indices)
+
+
+def select_decode(inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]) -> Tensor:
+    """topk_indices of every query, by paged_indexer and topk alone."""
+    with record_function("stage:paged_indexer"):
+        (logits,) = stages["paged_indexer"].run(inputs.indexer_inputs())
+    with record_function("stage:topk"):
+        rows = logits.flatten(0, 1)
+        (indices,) = stages["topk"].run(
+            topk.TopkInputs(rows, inputs.no_start, inputs.seq_lens.flatten(), inputs.topk)
+        )
+        selected: Tensor = indices.view(*logits.shape[:2], inputs.topk)
+        return selected
 
 
 def reference_stages(phase: str) -> dict[str, Implementation]:
@@ -379,7 +411,7 @@ OPERATOR = Operator(
     num_rows=lambda shape: shape.seq_len_q if shape.phase == "prefill" else shape.batch_size,
     stages=STAGES.__getitem__,
     compose=compose,
-    stage_shapes=DsaShape.stage_shapes,
+    stage_shapes=lambda shape: {name: (part,) for name, part in shape.stage_shapes().items()},
     figures=figures,
     finite=("out",),
 )

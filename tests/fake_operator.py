@@ -112,7 +112,7 @@ AFFINE = make_operator(
     lambda x: 2 * x + 1,
     stages=lambda phase: ("double", "shift"),
     compose=compose,
-    stage_shapes=lambda shape: {"double": shape, "shift": shape},
+    stage_shapes=lambda shape: {"double": (shape,), "shift": (shape,)},
 )
 
 

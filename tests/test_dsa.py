@@ -80,8 +80,8 @@ def test_reference_of_some_rows(shape):
 def test_chunks_of_queries_give_what_one_chunk_gives(workspace_bytes):
     whole = make_inputs(prefill_shape())
     chunked = make_inputs(prefill_shape(workspace_bytes=workspace_bytes))
-    parts = dsa.query_chunks(chunked)
-    assert len(dsa.query_chunks(whole)) == 1
+    parts = dsa.query_chunks(6, 40, workspace_bytes)
+    assert len(dsa.query_chunks(6, 40, whole.workspace_bytes)) == 1
     assert [i for part in parts for i in range(6)[part]] == list(range(6))
     assert all(part.stop - part.start <= max(1, workspace_bytes // 160) for part in parts)
     expected, actual = OPERATOR.reference(whole), OPERATOR.reference(chunked)
@@ -306,7 +306,7 @@ def test_a_selection_of_fewer_keys_than_topk():
 def test_cost_is_the_sum_of_the_stages(shape):
     stages = OPERATOR.stage_shapes(shape)
     assert tuple(stages) == OPERATOR.stages(shape.phase)
-    costs = [registry.operator(name).cost(stage) for name, stage in stages.items()]
+    costs = [registry.operator(name).cost(part) for name, (part,) in stages.items()]
     total = OPERATOR.cost(shape)
     for field in ("flops", "bytes_read", "bytes_written"):
         assert getattr(total, field) == sum(getattr(cost, field) for cost in costs)

@@ -34,7 +34,7 @@ def composed(name: str, *axes: str) -> Operator:
         operator(name, *axes),
         shape=shape,
         stages=lambda phase: STAGES,
-        stage_shapes=lambda shape: dict.fromkeys(STAGES, shape),
+        stage_shapes=lambda shape: dict.fromkeys(STAGES, (shape,)),
     )
 
 
