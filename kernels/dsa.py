@@ -40,19 +40,19 @@ from dsa_bench.kernels import (
 from dsa_bench.kernels.attention import (
     DECODE_LSE_TOLERANCE,
     DECODE_OUT_TOLERANCE,
-    attend,
     budget_checks,
 )
+from dsa_bench.kernels.dsa_captured import expect_captured, load_prefill_inputs
+from dsa_bench.kernels.dsa_figures import figures
 from dsa_bench.kernels.dsa_inputs import (
     DsaDecodeInputs,
     DsaPrefillInputs,
     make_decode_inputs,
     make_prefill_inputs,
 )
-from dsa_bench.kernels.paging import HEAD_DIM_V, unpack_mla_rows
 from dsa_bench.operator import Cost, Implementation, Memory, Operator, Run, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import INPUT_KINDS, RANDOM_INPUTS, Case
 
 STAGES = {
     "prefill": ("indexer", "topk", "sparse_prefill"),
@@ -65,7 +65,6 @@ STAGE_OPERATORS = {
 WORKSPACE_BYTES = 512 * 2**20
 LOGITS_ALIGNMENT = 64
 """Columns to which an implementation may pad a row of logits."""
-DENSE_ERROR_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +80,23 @@ class DsaShape:
     num_heads: int = 128
     preset: Preset
     workspace_bytes: int = WORKSPACE_BYTES
+    inputs: str = RANDOM_INPUTS
+    """A kind of content, or the path of a file with captured inputs."""
 
     def __post_init__(self) -> None:
-        self.stage_shapes()
+        stages = self.stage_shapes()
+        if not self.is_captured:
+            return
+        if not self.inputs.endswith(".safetensors"):
+            known = ", ".join(INPUT_KINDS)
+            raise Unsupported(f"unknown inputs {self.inputs!r}; known: {known}, FILE.safetensors")
+        if self.phase != "prefill":
+            raise Unsupported("captured inputs are a chunk of prefill (pass --phase prefill)")
+        expect_captured(self.inputs, stages["indexer"], stages["sparse_prefill"])
+
+    @property
+    def is_captured(self) -> bool:
+        return self.inputs not in INPUT_KINDS
 
     def stage_shapes(self) -> dict[str, Any]:
         """Stage -> its shape; raises Unsupported where one of the stages would."""
@@ -140,16 +153,17 @@ def make_inputs(
 ) -> DsaPrefillInputs | DsaDecodeInputs:
     """Inputs in which indexer and attention look for the same keys (see `dsa_inputs.py`)."""
     stages = shape.stage_shapes()
-    if shape.phase == "prefill":
-        return make_prefill_inputs(
-            stages["indexer"],
-            stages["sparse_prefill"],
-            seed=seed,
-            device=device,
-            workspace_bytes=shape.workspace_bytes,
-        )
-    return make_decode_inputs(
-        stages["paged_indexer"], stages["sparse_decode"], seed=seed, device=device
+    if shape.phase == "decode":
+        parts = stages["paged_indexer"], stages["sparse_decode"]
+        return make_decode_inputs(shape.inputs, *parts, seed=seed, device=device)
+    make = load_prefill_inputs if shape.is_captured else make_prefill_inputs
+    return make(
+        shape.inputs,
+        stages["indexer"],
+        stages["sparse_prefill"],
+        seed=seed,
+        device=device,
+        workspace_bytes=shape.workspace_bytes,
     )
 
 
@@ -182,7 +196,7 @@ def select_prefill(
     stages: Mapping[str, Implementation],
 ) -> Tensor:
     """topk_indices of every query, by indexer and topk alone, in chunks of queries."""
-    selected = []
+    selected: list[Tensor] = []
     num_queries, num_keys = inputs.index_q.shape[0], inputs.index_k.shape[0]
     for part in query_chunks(num_queries, num_keys, workspace_bytes):
         start, end = inputs.kv_start[part], inputs.kv_end[part]
@@ -289,16 +303,20 @@ def check(
     )
 
 
-def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
+def check_selection(
+    logits: Tensor, topk_indices: Tensor, *, tolerance: float | None = None
+) -> Check:
     """Keys clearly above the k-th largest logit are selected, those clearly below not; none twice.
 
     Args:
         logits: [rows, keys] reference logits, -inf where not visible.
         topk_indices: [rows, topk] positions; -1 allowed where fewer than topk keys are visible.
+        tolerance: what counts as clearly; None: twice that of the indexer's logits.
     """
     topk_size = topk_indices.shape[1]
     seen = logits > float("-inf")
-    tolerance = 2 * indexer.logits_tolerance(logits, seen).abs
+    if tolerance is None:
+        tolerance = 2 * indexer.logits_tolerance(logits, seen).abs
     safe = topk_indices.long().clamp(0, logits.shape[1] - 1)
     valid = (topk_indices == safe) & seen.gather(1, safe)
     taken = torch.zeros_like(logits, dtype=torch.int32)
@@ -320,41 +338,6 @@ def check_selection(logits: Tensor, topk_indices: Tensor) -> Check:
         figures=figures,
         limits=dict.fromkeys(figures, 0.0),
     )
-
-
-def figures(
-    inputs: DsaPrefillInputs | DsaDecodeInputs, outputs: DsaOutputs, *, rows: Tensor | None = None
-) -> dict[str, Any]:
-    """How far a few rows are from dense attention over all visible keys; a figure, no criterion.
-
-    `relative_l2` = ‖out - dense‖ / ‖dense‖; `mass_kept` = mean share of the dense softmax on the
-    selected keys.
-    """
-    if rows is not None:
-        rows = rows[:DENSE_ERROR_ROWS]
-        inputs, outputs = inputs.select(rows), DsaOutputs(*(x[rows] for x in outputs))
-    dense = [attend_densely(inputs, i) for i in range(outputs.out.shape[0])]
-    out = torch.stack([row.out for row in dense]).view_as(outputs.out)
-    lse = torch.stack([row.lse for row in dense]).view_as(outputs.lse)
-    difference = (outputs.out.float() - out).norm() / out.norm()
-    kept = torch.exp(outputs.lse - lse).clamp(max=1.0).mean()
-    return {"dense_error": {"relative_l2": difference.item(), "mass_kept": kept.item()}}
-
-
-def attend_densely(inputs: DsaPrefillInputs | DsaDecodeInputs, row: int) -> Any:
-    """Attention of one row of the outputs over every key that it sees."""
-    if isinstance(inputs, DsaPrefillInputs):
-        q, keys = inputs.q[row : row + 1], inputs.kv
-        lens = inputs.kv_end[row : row + 1]
-    else:
-        q, lens = inputs.q[row], inputs.seq_lens[row]
-        keys = unpack_mla_rows(inputs.kv_cache[inputs.block_table[row].long()]).flatten(0, 1)
-    valid = torch.arange(keys.shape[0], device=q.device) < lens[:, None]
-    parts = [
-        attend(q[j : j + 1], keys[None], valid[j : j + 1], inputs.sm_scale, HEAD_DIM_V, None)
-        for j in range(q.shape[0])
-    ]
-    return type(parts[0])(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def cost(shape: DsaShape) -> Cost:
@@ -394,6 +377,7 @@ def shape_of(case: Case, preset: Preset) -> DsaShape:
         batch_size=case.batch_size,
         num_heads=case.num_heads,
         preset=preset,
+        inputs=case.inputs,
     )
 
 
@@ -401,7 +385,7 @@ OPERATOR = Operator(
     name="dsa",
     summary="complete DeepSeek Sparse Attention: indexer, top-k, attention over the selection",
     phases=("prefill", "decode"),
-    axes=frozenset({"topk", "precision", "batch_size", "num_heads"}),
+    axes=frozenset({"topk", "precision", "batch_size", "num_heads", "inputs"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,

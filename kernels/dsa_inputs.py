@@ -1,18 +1,24 @@
 """Inputs of the whole pipeline in which indexer and attention look for the same keys.
 
-Every key has a hidden vector z, every query a hidden vector y, both of index_dim Gaussians. The
-indexer's key is z, its queries are y with noise of each head; the latent key is z · A for a fixed A
-with orthonormal rows, the queries of the attention are (y with noise) · A. So both score a key by
-about ⟨y, z⟩, which is what training the indexer aims at, and what DSA leaves out is a measurable,
-not an arbitrary, part of the attention. The gain makes the logits of the attention spread with a
-standard deviation of about 4.
+Every key has a hidden vector z, every query a hidden vector y, both of index_dim Gaussians (see
+`content`). The indexer's key is z, its queries are y with noise of each head; the latent key is
+z · A for a fixed A with orthonormal rows, the queries of the attention are (y with noise) · A. So
+both score a key by about ⟨y, z⟩, which is what training the indexer aims at, and what DSA leaves
+out is a measurable, not an arbitrary, part of the attention. The gain makes the logits of the
+attention spread with a standard deviation of about 4 where y and z are independent.
+
+What the indexer is given before it is quantised isn't kept: inputs know how to make it again.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsa_bench.kernels.content import make_content
 from dsa_bench.kernels.indexer import (
     IndexerInputs,
     IndexerShape,
@@ -25,7 +31,6 @@ from dsa_bench.kernels.paging import (
     HEAD_DIM_ROPE,
     HEAD_DIM_V,
     make_block_table,
-    make_cache,
     pack_index_pages,
     pack_mla_rows,
 )
@@ -35,6 +40,26 @@ from dsa_bench.kernels.sparse_prefill import SparsePrefillInputs, SparsePrefillS
 HEAD_NOISE = 0.5
 LATENT_SCALE = 0.2
 LOGIT_SPREAD = 4.0
+CHUNK_TOKENS = 65536
+"""Tokens of a sequence that are packed into pages at once."""
+SEED_STEP = 1_000_003
+"""Between the sequences of one seed and those of the next; larger than any batch."""
+
+
+class IndexVectors(NamedTuple):
+    """What the indexer scores, in fp32 and not quantised: a query's logits are those of `indexer`
+    with index_k_scale 1."""
+
+    q: Tensor
+    """[…, index_heads, index_dim]"""
+    weights: Tensor
+    """[…, index_heads]"""
+    k: Tensor
+    """[keys, index_dim], at least the visible keys, in order of position."""
+
+
+Exact = Callable[[Tensor], Iterator[IndexVectors]]
+"""Numbers of rows -> the vectors of one row after the other, made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +77,8 @@ class DsaPrefillInputs:
     sm_scale: float
     topk: int
     workspace_bytes: int
+    exact: Exact | None = None
+    """None: nobody knows what was quantised."""
 
     def indexer_inputs(self, part: slice) -> IndexerInputs:
         return IndexerInputs(
@@ -75,6 +102,7 @@ class DsaPrefillInputs:
             kv_start=self.kv_start[rows],
             kv_end=self.kv_end[rows],
             q=self.q[rows],
+            exact=None,
         )
 
 
@@ -94,6 +122,8 @@ class DsaDecodeInputs:
     sm_scale: float
     topk: int
     page_size: int
+    exact: Exact | None = None
+    """None: nobody knows what was quantised."""
 
     def indexer_inputs(self) -> PagedIndexerInputs:
         return PagedIndexerInputs(
@@ -118,6 +148,7 @@ class DsaDecodeInputs:
             block_table=self.block_table[rows],
             q=self.q[rows],
             no_start=self.no_start[: rows.numel() * self.q.shape[1]],
+            exact=None,
         )
 
 
@@ -152,18 +183,54 @@ def make_queries(
     return torch.cat([nope, rope], dim=-1)
 
 
-def make_index_queries(
-    y: Tensor, heads: int, precision: str, scale: float, g: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Hidden vectors -> index_q [..., heads, index_dim], index_weights [..., heads], positive."""
+def make_index_queries(y: Tensor, heads: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hidden vectors -> fp32 queries [..., heads, index_dim] and positive weights [..., heads]."""
     dims = (*y.shape[:-1], heads)
     noise = torch.randn(*dims, y.shape[-1], generator=g, device=g.device)
-    index_q, q_scale = make_index_vectors(y.unsqueeze(-2) + HEAD_NOISE * noise, precision)
     weights = torch.rand(dims, generator=g, device=g.device) + 0.5
-    return index_q, weights * q_scale * scale
+    return y.unsqueeze(-2) + HEAD_NOISE * noise, weights
+
+
+def quantize_index_queries(q: Tensor, weights: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Queries in the precision of the indexer; their scale goes into the weights."""
+    index_q, q_scale = make_index_vectors(q, precision)
+    return index_q, weights * q_scale
+
+
+class _Chunk(NamedTuple):
+    """A chunk of prefill before anything is quantised."""
+
+    y: Tensor
+    projection: Tensor
+    vectors: IndexVectors
+    generator: torch.Generator
+    """Behind all that was drawn for these."""
+
+
+def _make_chunk(
+    shape: IndexerShape, head_dim_v: int, kind: str, seed: int, device: torch.device | str
+) -> _Chunk:
+    g = torch.Generator(device=device).manual_seed(seed)
+    projection = make_projection(shape.index_dim, head_dim_v, g)
+    z, y = make_content(
+        kind,
+        num_keys=shape.seq_len_kv,
+        num_queries=shape.seq_len_q,
+        width=shape.index_dim,
+        generator=g,
+    )
+    q, weights = make_index_queries(y, shape.index_heads, g)
+    return _Chunk(y, projection, IndexVectors(q, weights * weight_scale(shape), z), g)
+
+
+def _exact_prefill(make: Callable[[], _Chunk], rows: Tensor) -> Iterator[IndexVectors]:
+    q, weights, k = make().vectors
+    for row in rows.tolist():
+        yield IndexVectors(q[row : row + 1], weights[row : row + 1], k)
 
 
 def make_prefill_inputs(
+    kind: str,
     index_shape: IndexerShape,
     shape: SparsePrefillShape,
     *,
@@ -171,17 +238,13 @@ def make_prefill_inputs(
     device: torch.device | str,
     workspace_bytes: int,
 ) -> DsaPrefillInputs:
-    """A chunk of queries that ends at position seq_len_kv."""
-    g = torch.Generator(device=device).manual_seed(seed)
-    dim = index_shape.index_dim
+    """A chunk of queries that ends at position seq_len_kv; `kind` of content."""
+    make = partial(_make_chunk, index_shape, shape.head_dim_v, kind, seed, device)
+    y, projection, (exact_q, exact_weights, z), g = make()
     rope = shape.head_dim_qk - shape.head_dim_v
-    projection = make_projection(dim, shape.head_dim_v, g)
-    z = torch.randn(shape.seq_len_kv, dim, generator=g, device=device)
-    y = torch.randn(shape.seq_len_q, dim, generator=g, device=device)
     index_k, index_k_scale = make_index_vectors(z, index_shape.precision)
-    index_q, index_weights = make_index_queries(
-        y, index_shape.index_heads, index_shape.precision, weight_scale(index_shape), g
-    )
+    index_q, index_weights = quantize_index_queries(exact_q, exact_weights, index_shape.precision)
+    del exact_q
     return DsaPrefillInputs(
         index_q,
         index_k,
@@ -193,43 +256,96 @@ def make_prefill_inputs(
         shape.sm_scale,
         shape.topk,
         workspace_bytes,
+        partial(_exact_prefill, make),
     )
 
 
+class _Sequence(NamedTuple):
+    """The new tokens and the keys of one sequence in decode before anything is quantised."""
+
+    y: Tensor
+    vectors: IndexVectors
+    """Keys to the end of the last page; what stands behind the sequence is noise."""
+    generator: torch.Generator
+    """Behind all that was drawn for these."""
+
+
+def _make_sequence(
+    shape: PagedIndexerShape, kind: str, seed: int, device: torch.device | str, sequence: int
+) -> _Sequence:
+    """Each sequence has a seed of its own, so that one is made again without the others."""
+    # far from the seeds of what the sequences share
+    own_seed = (2**40 + seed * SEED_STEP + sequence) % 2**63
+    g = torch.Generator(device=device).manual_seed(own_seed)
+    dim = shape.index_dim
+    z, y = make_content(
+        kind, num_keys=shape.seq_len_kv, num_queries=shape.seq_len_q, width=dim, generator=g
+    )
+    q, weights = make_index_queries(y, shape.index_heads, g)
+    rest = shape.max_pages * shape.page_size - shape.seq_len_kv
+    z = torch.cat([z, torch.randn(rest, dim, generator=g, device=g.device)])
+    scale = float((shape.index_heads * dim) ** -0.5)
+    return _Sequence(y, IndexVectors(q, weights * scale, z), g)
+
+
+def _exact_decode(make: Callable[[int], _Sequence], rows: Tensor) -> Iterator[IndexVectors]:
+    return (make(row).vectors for row in rows.tolist())
+
+
+def _write_pages(
+    caches: list[Tensor],
+    pages: Tensor,
+    z: Tensor,
+    projection: Tensor,
+    shape: SparseDecodeShape,
+    g: torch.Generator,
+) -> None:
+    """Pack one sequence into its pages of both caches, latent and indexer, which are made here if
+    the list is empty; in chunks, so that no fp32 copy of a long sequence is held."""
+    chunk = max(1, CHUNK_TOKENS // shape.page_size)
+    tokens = z.view(-1, shape.page_size, z.shape[-1])
+    for own, part in zip(pages.split(chunk), tokens.split(chunk), strict=True):
+        kv = make_latents(part, projection, HEAD_DIM_ROPE, g)
+        packed = pack_mla_rows(kv, shape.precision), pack_index_pages(part, shape.precision)
+        if not caches:
+            num_pages = shape.batch_size * shape.max_pages
+            caches.extend(x.new_empty(num_pages, *x.shape[1:]) for x in packed)
+        for cache, values in zip(caches, packed, strict=True):
+            cache[own] = values
+
+
 def make_decode_inputs(
+    kind: str,
     index_shape: PagedIndexerShape,
     shape: SparseDecodeShape,
     *,
     seed: int,
     device: torch.device | str,
 ) -> DsaDecodeInputs:
-    """New tokens of batch_size sequences, whose pages are randomly permuted."""
+    """New tokens of batch_size sequences, whose pages are randomly permuted; `kind` of content."""
     g = torch.Generator(device=device).manual_seed(seed)
-    dim, rope, latent = index_shape.index_dim, HEAD_DIM_ROPE, HEAD_DIM_V
-    projection = make_projection(dim, latent, g)
-
-    def pages(count: int) -> tuple[Tensor, ...]:
-        z = torch.randn(count, shape.page_size, dim, generator=g, device=device)
-        kv = make_latents(z, projection, rope, g)
-        return pack_mla_rows(kv, shape.precision), pack_index_pages(z, index_shape.precision)
-
-    num_pages = shape.batch_size * shape.max_pages
-    kv_cache, index_cache = make_cache(num_pages, shape.page_size, pages, device=device)
-    y = torch.randn(shape.batch_size, shape.seq_len_q, dim, generator=g, device=device)
-    scale = float((index_shape.index_heads * dim) ** -0.5)
-    index_q, index_weights = make_index_queries(
-        y, index_shape.index_heads, index_shape.precision, scale, g
-    )
+    projection = make_projection(index_shape.index_dim, HEAD_DIM_V, g)
+    block_table = make_block_table(shape.batch_size, shape.max_pages, g)
+    make = partial(_make_sequence, index_shape, kind, seed, device)
+    caches: list[Tensor] = []
+    made = []
+    for sequence, pages in enumerate(block_table.long()):
+        y, (q, weights, z), own = make(sequence)
+        made.append((y, *quantize_index_queries(q, weights, index_shape.precision)))
+        _write_pages(caches, pages, z, projection, shape, own)
+    y, index_q, index_weights = (torch.stack(column) for column in zip(*made, strict=True))
+    kv_cache, index_cache = caches
     return DsaDecodeInputs(
         index_q,
         index_cache,
         index_weights,
         decode_lens(shape.batch_size, shape.seq_len_q, shape.seq_len_kv, device),
-        make_block_table(shape.batch_size, shape.max_pages, g),
-        make_queries(y, shape.num_heads, projection, shape.sm_scale, rope, g),
+        block_table,
+        make_queries(y, shape.num_heads, projection, shape.sm_scale, HEAD_DIM_ROPE, g),
         kv_cache,
         torch.zeros(shape.queries, dtype=torch.int32, device=device),
         shape.sm_scale,
         shape.topk,
         shape.page_size,
+        partial(_exact_decode, make),
     )

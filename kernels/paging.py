@@ -8,10 +8,11 @@ MLA latent cache, fp8: [num_pages, page_size, 656] uint8, a token is
     bytes 512..527   4 fp32 scales, one for each 128 latents, powers of two
     bytes 528..655   64 bf16, the rotated key
 MLA latent cache, bf16: [num_pages, page_size, 576] bf16, latents then rotated key.
+fp32, for references: the same in fp32; nothing in it is rounded.
 
 Indexer key cache, fp8: [num_pages, page_size · 132] uint8; a page holds first the e4m3 values of
 all its tokens, then their fp32 scales: it is *not* interleaved by token.
-Indexer key cache, bf16: [num_pages, page_size · 128] bf16.
+Indexer key cache, bf16: [num_pages, page_size · 128] bf16; fp32 for references: the same in fp32.
 
 Source: FlashMLA flash_mla_interface.py and tests/quant.py (656 bytes); DeepGEMM
 tests/test_attention.py (132 bytes).
@@ -34,20 +35,26 @@ MLA_ROW_BYTES = HEAD_DIM_V + HEAD_DIM_V // LATENT_GROUP * SCALE_BYTES + HEAD_DIM
 INDEX_ROW_BYTES = INDEX_DIM + SCALE_BYTES
 
 
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+"""Of a cache that is not fp8."""
+PRECISIONS = {torch.uint8: "fp8", torch.bfloat16: "bf16", torch.float32: "fp32"}
+"""dtype of a cache -> its precision."""
+
+
 def mla_row_bytes(precision: str) -> int:
-    """Bytes of one token in the latent cache: 656 (fp8) or 1152 (bf16)."""
-    return MLA_ROW_BYTES if precision == "fp8" else HEAD_DIM_QK * 2
+    """Bytes of one token in the latent cache: 656 (fp8), 1152 (bf16) or 2304 (fp32)."""
+    return MLA_ROW_BYTES if precision == "fp8" else HEAD_DIM_QK * ELEMENT_BYTES[precision]
 
 
 def index_row_bytes(precision: str) -> int:
-    """Bytes of one token in the indexer's cache: 132 (fp8) or 256 (bf16)."""
-    return INDEX_ROW_BYTES if precision == "fp8" else INDEX_DIM * 2
+    """Bytes of one token in the indexer's cache: 132 (fp8), 256 (bf16) or 512 (fp32)."""
+    return INDEX_ROW_BYTES if precision == "fp8" else INDEX_DIM * ELEMENT_BYTES[precision]
 
 
 def pack_mla_rows(kv: Tensor, precision: str) -> Tensor:
-    """[..., 576] -> cache rows: [..., 656] uint8 (fp8) or [..., 576] bf16."""
-    if precision == "bf16":
-        return kv.bfloat16()
+    """[..., 576] -> cache rows: [..., 656] uint8 (fp8), or [..., 576] bf16 or fp32."""
+    if precision != "fp8":
+        return kv.to(_dtype(precision))
     values, scale = quantize(kv[..., :HEAD_DIM_V], LATENT_GROUP, LATENT_SCALE_FLOOR)
     rope = kv[..., HEAD_DIM_V:].bfloat16().contiguous()
     return torch.cat(
@@ -57,8 +64,8 @@ def pack_mla_rows(kv: Tensor, precision: str) -> Tensor:
 
 
 def unpack_mla_rows(rows: Tensor) -> Tensor:
-    """Cache rows -> [..., 576] fp32, rounded to bf16 as every kernel holds them."""
-    if rows.dtype == torch.bfloat16:
+    """Cache rows -> [..., 576] fp32; of fp8, rounded to bf16 as every kernel holds them."""
+    if rows.dtype != torch.uint8:
         return rows.float()
     scale_end = MLA_ROW_BYTES - 2 * HEAD_DIM_ROPE
     values = rows[..., :HEAD_DIM_V].contiguous().view(torch.float8_e4m3fn).float()
@@ -69,9 +76,9 @@ def unpack_mla_rows(rows: Tensor) -> Tensor:
 
 
 def pack_index_pages(index_k: Tensor, precision: str) -> Tensor:
-    """[pages, page_size, 128] -> [pages, page_size · 132] uint8, or [pages, … · 128] bf16."""
-    if precision == "bf16":
-        return index_k.bfloat16().flatten(1)
+    """[pages, page_size, 128] -> [pages, page_size · 132] uint8, or [pages, … · 128] floats."""
+    if precision != "fp8":
+        return index_k.to(_dtype(precision)).flatten(1)
     values, scale = quantize_index_vectors(index_k)
     return torch.cat(
         [values.view(torch.uint8).flatten(1), scale.contiguous().view(torch.uint8)], dim=-1
@@ -80,13 +87,24 @@ def pack_index_pages(index_k: Tensor, precision: str) -> Tensor:
 
 def unpack_index_pages(index_cache: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """Pages -> fp32 values [pages, page_size, 128], unscaled, and scales [pages, page_size]."""
-    if index_cache.dtype == torch.bfloat16:
-        values = index_cache.float().unflatten(1, (page_size, INDEX_DIM))
-        return values, torch.ones(values.shape[:2], device=values.device)
+    values, scale = split_index_pages(index_cache, page_size)
+    if scale is None:
+        return values.float(), torch.ones(values.shape[:2], device=values.device)
+    return values.float(), scale
+
+
+def split_index_pages(index_cache: Tensor, page_size: int) -> tuple[Tensor, Tensor | None]:
+    """Views of pages: values [pages, page_size, 128], e4m3 or as they are, and scales, None but in
+    fp8: [pages, page_size] fp32. To write to them is to write to the cache."""
+    if index_cache.dtype != torch.uint8:
+        return index_cache.unflatten(1, (page_size, INDEX_DIM)), None
     split = page_size * INDEX_DIM
-    values = index_cache[:, :split].contiguous().view(torch.float8_e4m3fn).float()
-    scale = index_cache[:, split:].contiguous().view(torch.float32)
-    return values.unflatten(1, (page_size, INDEX_DIM)), scale
+    values = index_cache[:, :split].view(torch.float8_e4m3fn).unflatten(1, (page_size, INDEX_DIM))
+    return values, index_cache.view(torch.float32)[:, split // SCALE_BYTES :]
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return next(dtype for dtype, name in PRECISIONS.items() if name == precision)
 
 
 def make_block_table(batch_size: int, max_pages: int, generator: torch.Generator) -> Tensor:
