@@ -92,7 +92,7 @@ class DenseLatentAttention(LatentAttention):
         own = weights.without_index() if weights.index_head_weights is not None else weights
         super().__init__(own, stages=stages or reference_stages(), rope=rope)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(
         self,
         hidden: Tensor,
@@ -119,7 +119,7 @@ class DenseLatentAttention(LatentAttention):
             )
         return self.prefill_tokens(tokens, cache, head_keys, first)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, hidden: Tensor, cache: LayerCache, seq_lens: Tensor) -> LayerOutputs:
         """The newest tokens of each sequence.
 

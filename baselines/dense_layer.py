@@ -81,7 +81,7 @@ def make_head_keys(inputs: LayerInputs, shape: LayerShape) -> HeadKeys:
 def run_layer(inputs: DenseLayerInputs, stages: Mapping[str, Implementation]) -> LayerOutputs:
     own = inputs.layer
     layer = DenseLatentAttention(own.weights, stages=stages, rope=own.rope_table)
-    with torch.inference_mode():
+    with torch.no_grad():
         if inputs.head_keys is None:
             return layer.decode_tokens(own.tokens, own.cache)
         first = own.tokens.num_keys - own.tokens.positions.shape[0]

@@ -46,7 +46,15 @@ def _burst_flops(ceilings: Mapping[str, float]) -> list[float]:
 
 
 def usd_per_million_tokens(
-    seconds_per_token: float, *, num_layers: int, gpu_hour_usd: float
+    seconds_per_token: float, *, num_layers: int, gpu_hour_usd: float, num_gpus: int = 1
 ) -> float:
-    """gpu_hour_usd / 3600 · seconds per token and layer · layers · 10⁶; attention only."""
-    return gpu_hour_usd / SECONDS_PER_HOUR * seconds_per_token * num_layers * 1e6
+    """gpu_hour_usd / 3600 · GPUs · seconds per token and layer · layers · 10⁶."""
+    return gpu_hour_usd / SECONDS_PER_HOUR * num_gpus * seconds_per_token * num_layers * 1e6
+
+
+def all_reduce_seconds(num_bytes: float, *, ranks: int, bytes_per_second: float) -> float:
+    """2 · (ranks - 1) / ranks · bytes / bandwidth: a ring's reduce-scatter and all-gather.
+
+    Bandwidth is what one rank sends in one direction; latency of the steps is left out.
+    """
+    return 2 * (ranks - 1) / ranks * num_bytes / bytes_per_second

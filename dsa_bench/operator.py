@@ -100,7 +100,9 @@ class Operator:
     summary: str
     phases: tuple[str, ...]
     axes: frozenset[str]
-    """Axes of a Case that it has, of: topk, precision, batch_size, num_heads."""
+    """Axes of a Case that it has, of: topk, precision, batch_size, num_heads, tensor_parallel,
+    inputs, weights.
+    """
     shape: Callable[[Case, Preset], Any]
     """The integers of a case; raises Unsupported(reason) where the case makes no sense."""
     make_inputs: Callable[..., Any]

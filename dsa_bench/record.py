@@ -19,12 +19,17 @@ MAX_KERNELS = 20
 """A record keeps the longest of its kernels."""
 AUTO_MODE = "auto"
 """The mode of the phase: decode `graph`, prefill `cold`; on a CPU `cpu`."""
+INPUT_KINDS = ("random", "needle", "local", "heavy")
+"""Made-up inputs of an operator that has the axis; see kernels/content.py."""
+RANDOM_INPUTS = INPUT_KINDS[0]
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
 CHECKSUM = "crc32"
 """Field behind all others in a line of a run folder; it belongs to the line, not to the record."""
 
 MAX_NAME = 100
 """Characters of a name in a record that others wrote."""
+MAX_PATH = 4096
+"""Characters of a path in a record."""
 MAX_SIZE = 2**31
 """Bound of a size: the product of two still is an integer of 64 bits."""
 MAX_SAMPLES = 20_000
@@ -70,6 +75,12 @@ class Case:
     seed: int = 0
     mode: str = AUTO_MODE
     """How it is timed: one of MODES, or `auto`."""
+    tensor_parallel: int = 1
+    """Ranks among which the heads are divided; a case is the work of one of them."""
+    inputs: str = RANDOM_INPUTS
+    """One of INPUT_KINDS, or the path of a .safetensors file that holds captured inputs."""
+    weights: str = ""
+    """FILE or FILE:LAYER of the weights; empty: made up."""
 
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
@@ -92,8 +103,9 @@ class Case:
         key for ever.
         """
         fields = self.to_json()
-        if self.mode == AUTO_MODE:
-            del fields["mode"]
+        for name, default in LATER_FIELDS.items():
+            if fields[name] == default:
+                del fields[name]
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -104,6 +116,22 @@ class Case:
             return self.impl
         parts = tuple(self.impl.values())
         return parts[0] if len(set(parts)) == 1 else "+".join(parts)
+
+
+LATER_FIELDS: Mapping[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(Case)
+    if field.name in ("mode", "tensor_parallel", "inputs", "weights")
+}
+"""Fields of a case that came after the first keys, with their defaults."""
+
+
+def split_weights(text: str) -> tuple[str, int | None]:
+    """FILE or FILE:LAYER -> the path, and the number of the layer if one is given."""
+    path, separator, layer = text.rpartition(":")
+    if separator and path and layer.isascii() and layer.isdigit():
+        return path, int(layer)
+    return text, None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,10 +283,18 @@ def _check_case(case: Case) -> None:
     for name, value in {**names, **stages}.items():
         text(name, "the name of a stage", MAX_NAME)
         text(value, f"case.{name}", MAX_NAME)
-    for name in ("seq_len_kv", "seq_len_q", "topk", "batch_size", "num_heads"):
+    for name in ("inputs", "weights"):
+        text(getattr(case, name), f"case.{name}", MAX_PATH)
+    sizes = ("seq_len_kv", "seq_len_q", "topk", "batch_size", "num_heads", "tensor_parallel")
+    for name in sizes:
         size = getattr(case, name)
         if size is not None and not 1 <= size < MAX_SIZE:
             raise Refused(f"case.{name} must be from 1 to {MAX_SIZE - 1}, got {size}")
+    if case.num_heads % case.tensor_parallel:
+        raise Refused(
+            f"case.tensor_parallel must divide the {case.num_heads} heads,"
+            f" got {case.tensor_parallel}"
+        )
 
 
 def _check_record(record: Record) -> None:

@@ -259,6 +259,11 @@ def _available(op_name: str, shapes: tuple[Any, ...], machine: Machine) -> list[
     return [name for name in able if name != REFERENCE] or able
 
 
+def _first(stage: str, shapes: tuple[Any, ...], machine: Machine) -> str:
+    """The best for these calls; a stage without a call is anybody's."""
+    return _available(stage, shapes, machine)[0] if shapes else REFERENCE
+
+
 def choose(op_name: str, case: Case, preset: Preset, machine: Machine) -> str | dict[str, str]:
     """What `auto` means: the supported implementation of highest priority, for each stage.
 
@@ -273,7 +278,7 @@ def choose(op_name: str, case: Case, preset: Preset, machine: Machine) -> str | 
     except Unsupported:
         return dict.fromkeys(stages, REFERENCE) if stages else REFERENCE
     if stages:
-        return {stage: _available(stage, shapes[stage], machine)[0] for stage in stages}
+        return {stage: _first(stage, shapes[stage], machine) for stage in stages}
     return _available(op_name, (shape,), machine)[0]
 
 

@@ -4,12 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsa_bench.contest import CONTEST_OF
 from dsa_bench.record import Case
 from dsa_bench.sweep import Planned
 
 MAX_GROUP = 8
 """More cases than this are not held ready beside each other."""
-WHOLE_ATTENTION = frozenset({"dsa", "dense_attention"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +55,9 @@ def _compete(planned: Sequence[Planned]) -> list[list[Planned]]:
 
 
 def _rivalry(case: Case) -> tuple[object, ...]:
-    """What competitors have in common: shape, mode, and the operator or being whole attention."""
-    op = "attention" if case.op in WHOLE_ATTENTION else case.op
+    """What competitors have in common: shape, inputs, mode, and the operator or the contest."""
+    op = CONTEST_OF.get(case.op, case.op)
     return (
         *(op, case.phase, case.seq_len_kv, case.seq_len_q, case.batch_size, case.num_heads),
-        *(case.preset, case.seed, case.mode),
+        *(case.tensor_parallel, case.inputs, case.weights, case.preset, case.seed, case.mode),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_bench.cost import SUSTAINED_PREFIX
-from dsa_bench.record import Case, KernelTime, Record, StageTime
+from dsa_bench.record import RANDOM_INPUTS, Case, KernelTime, Record, StageTime
 from dsa_bench.reports.units import (
     format_bandwidth,
     format_bytes,
@@ -15,8 +15,9 @@ from dsa_bench.reports.units import (
     format_seconds,
     format_share,
 )
+from dsa_bench.sizes import format_size
 from dsa_bench.stats import median
-from dsa_bench.sweep import Planned, format_size, shipped, summary
+from dsa_bench.sweep import Planned, shipped, summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +75,15 @@ def case_label(case: Case) -> str:
     parts.append(case.precision)
     if case.phase == "decode":
         parts.append(f"batch={case.batch_size}")
-    return f"{' '.join(parts)} ({case.impl_label})"
+    return f"{' '.join((*parts, *_others(case)))} ({case.impl_label})"
+
+
+def _others(case: Case) -> tuple[str, ...]:
+    """Axes that few cases have, where they are not at their default; of a path the file's name."""
+    ranks = (f"tp={case.tensor_parallel}",) if case.tensor_parallel != 1 else ()
+    inputs = (f"inputs={Path(case.inputs).name}",) if case.inputs != RANDOM_INPUTS else ()
+    weights = (f"weights={Path(case.weights).name}",) if case.weights else ()
+    return (*ranks, *inputs, *weights)
 
 
 def ending(record: Record) -> str:
@@ -86,15 +95,18 @@ def ending(record: Record) -> str:
 
 def plan(planned: Sequence[Planned]) -> TextTable:
     """The cases that a run would take."""
+    others = ("others",) if any(_others(item.case) for item in planned) else ()
     head = ("phase", "operator", "implementation", "L", "k", "precision", "batch", "queries",
-            "heads", "skipped because")  # fmt: skip
+            "heads", *others, "skipped because")  # fmt: skip
     rows = tuple(
         (
             *(item.case.phase, item.case.op, item.case.impl_label),
             format_size(item.case.seq_len_kv),
             "" if item.case.topk is None else format_size(item.case.topk),
             *(item.case.precision, str(item.case.batch_size)),
-            *(format_size(item.case.seq_len_q), str(item.case.num_heads), item.reason),
+            *(format_size(item.case.seq_len_q), str(item.case.num_heads)),
+            *(" ".join(_others(item.case)) for _ in others),
+            item.reason,
         )
         for item in planned
     )

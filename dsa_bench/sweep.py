@@ -1,15 +1,14 @@
 """What a person wants measured: axes and their grammar, sweep files (TOML), the product of axes.
 
-A size is an integer with an optional suffix: `512`, `8k` (k = 1024), `1m` (m = 1024²). An axis
-takes a list `a,b,c` whose items are sizes or ranges: `4k:128k:x2` multiplies from start to stop,
-`1k:8k:+1k` adds; the stop is included where the range meets it. A sweep is built from layers, later
-ones winning: defaults, file, command line. A file may hold tables `[prefill]` and `[decode]` with
-axes for that phase alone. Nothing here knows torch.
+A sweep is built from layers, later ones winning: defaults, file, command line. A file may hold
+tables `[prefill]` and `[decode]` with axes for that phase alone. Sizes are written as in `sizes`.
+Nothing here knows torch.
 """
 
 import dataclasses
 import difflib
 import itertools
+import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,15 +17,22 @@ from typing import Any
 
 from dsa_bench.operator import Operator, UsageError
 from dsa_bench.preset import PRESETS
-from dsa_bench.record import AUTO_MODE, MODES, PHASES, Case
+from dsa_bench.record import (
+    AUTO_MODE,
+    INPUT_KINDS,
+    LATER_FIELDS,
+    MODES,
+    PHASES,
+    RANDOM_INPUTS,
+    Case,
+    split_weights,
+)
+from dsa_bench.sizes import SIZES_HINT, format_size, parse_sizes
 
 PRECISIONS = ("bf16", "fp8")
-SUFFIXES = {"k": 1024, "m": 1024**2}
-# a slip such as 1:1m:+1 would otherwise plan a million cases
-MAX_VALUES = 1000
-SIZES_HINT = "sizes like 4k,8k or a range like 4k:128k:x2 or 1k:8k:+1k"
-SIZE_AXES = ("seq_len_kv", "topk", "batch_size", "seq_len_q", "num_heads")
-AXES = (*SIZE_AXES, "precision", "mode")
+SIZE_AXES = ("seq_len_kv", "topk", "batch_size", "seq_len_q", "num_heads", "tensor_parallel")
+AXES = (*SIZE_AXES, "precision", "mode", "inputs", "weights")
+TENSORS_SUFFIX = ".safetensors"
 SWEEP_FOLDER = Path(__file__).parent / "sweeps"
 
 FLAGS = {
@@ -39,6 +45,9 @@ FLAGS = {
     "batch_size": "--batch",
     "seq_len_q": "--seq-len-q",
     "num_heads": "--heads",
+    "tensor_parallel": "--tp",
+    "inputs": "--inputs",
+    "weights": "--weights",
     "preset": "--preset",
     "seed": "--seed",
     "mode": "--mode",
@@ -73,6 +82,11 @@ class Axes:
     num_heads: tuple[int, ...] = ()
     """Empty: as many as the preset has."""
     mode: tuple[str, ...] = (AUTO_MODE,)
+    tensor_parallel: tuple[int, ...] = (1,)
+    inputs: tuple[str, ...] = (RANDOM_INPUTS,)
+    """Kinds, and paths of files with captured inputs."""
+    weights: str = ""
+    """FILE or FILE:LAYER; empty: made up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,54 +137,6 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"{what} '{name}' is unknown; {hint}")
 
 
-def parse_size(text: str) -> int:
-    """`8k` -> 8192; ValueError where it isn't a positive size."""
-    digits, factor = text.strip().lower(), 1
-    if digits and digits[-1] in SUFFIXES:
-        digits, factor = digits[:-1], SUFFIXES[digits[-1]]
-    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
-        raise ValueError(f"'{text.strip()}' isn't a positive size")
-    return int(digits) * factor
-
-
-def format_size(size: int) -> str:
-    """The shortest text that `parse_size` reads as `size`: 131072 -> `128k`."""
-    for suffix, factor in sorted(SUFFIXES.items(), key=lambda item: -item[1]):
-        if size % factor == 0:
-            return f"{size // factor}{suffix}"
-    return str(size)
-
-
-def parse_sizes(name: str, text: str) -> tuple[int, ...]:
-    """Values of an axis, in the order written, each once; UsageError if the text is malformed."""
-    try:
-        values = [value for item in text.split(",") for value in _item(item)]
-    except ValueError as error:
-        raise UsageError(f"{name} must be {SIZES_HINT}, got '{text}' ({error})") from None
-    return tuple(dict.fromkeys(values))
-
-
-def _item(text: str) -> Sequence[int]:
-    parts = text.split(":")
-    if len(parts) == 1:
-        return [parse_size(text)]
-    if len(parts) != 3 or parts[2].strip()[:1] not in ("x", "+"):
-        raise ValueError(f"'{text}' needs the form start:stop:xFACTOR or start:stop:+STEP")
-    start, stop, rule = parse_size(parts[0]), parse_size(parts[1]), parts[2].strip()
-    step = parse_size(rule[1:])
-    if stop < start:
-        raise ValueError(f"the stop of '{text}' is below its start")
-    if rule[0] == "x" and step == 1:
-        raise ValueError(f"the factor of '{text}' must be at least 2")
-    values, value = [], start
-    while value <= stop:
-        values.append(value)
-        if len(values) > MAX_VALUES:
-            raise ValueError(f"'{text}' has more than {MAX_VALUES} values")
-        value = value * step if rule[0] == "x" else value + step
-    return values
-
-
 def _words(name: str, value: Any) -> tuple[str, ...]:
     """Names from `a,b` or a list of names."""
     items = value.split(",") if isinstance(value, str) else value
@@ -188,6 +154,32 @@ def _choices(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
         if word not in known:
             raise unknown(name, word, known)
     return words
+
+
+def _inputs(name: str, value: Any) -> tuple[str, ...]:
+    """Kinds of made-up inputs, and paths of files that exist."""
+    words = _words(name, value)
+    for word in words:
+        if word.endswith(TENSORS_SUFFIX):
+            _expect_file(name, word)
+        elif word not in INPUT_KINDS:
+            raise unknown(name, word, (*INPUT_KINDS, f"FILE{TENSORS_SUFFIX}"))
+    return words
+
+
+def _weights(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{name} must be FILE or FILE:LAYER, got {value!r}")
+    path, _ = split_weights(value.strip())
+    if not path.endswith(TENSORS_SUFFIX):
+        raise UsageError(f"{name} must name a {TENSORS_SUFFIX} file, got {value!r}")
+    _expect_file(name, path)
+    return value.strip()
+
+
+def _expect_file(name: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise UsageError(f"{name}: there is no file {path} (give the path from this folder)")
 
 
 def _sizes(name: str, value: Any) -> tuple[int, ...]:
@@ -210,6 +202,10 @@ def _parse(name: str, key: str, value: Any) -> Any:
         return _choices(name, value, PHASES)
     if key in ("op", "impl"):
         return _words(name, value)
+    if key == "inputs":
+        return _inputs(name, value)
+    if key == "weights":
+        return _weights(name, value)
     if key == "preset":
         return _choices(name, value, tuple(PRESETS))[0]
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -293,7 +289,8 @@ def cases(sweep: Sweep, operators: Mapping[str, Operator]) -> tuple[Case, ...]:
 
     L ascends before the operators change, so that a run that is cut short still compares them. An
     axis that an operator lacks stands at its default (topk None, bf16, batch 1, the preset's
-    heads), and an operator makes no case in a phase it doesn't have.
+    heads, one rank, random inputs, made-up weights), and an operator makes no case in a phase it
+    doesn't have.
     """
     made = {
         case.key: case
@@ -318,8 +315,13 @@ def _points(
         axes.seq_len_q,
         heads or (PRESETS[sweep.preset].num_heads,),
         axes.mode,
+        axes.tensor_parallel if "tensor_parallel" in own else (1,),
+        axes.inputs if "inputs" in own else (RANDOM_INPUTS,),
     )
-    for topk, precision, batch_size, seq_len_q, num_heads, mode in product:
+    for topk, precision, batch_size, seq_len_q, num_heads, mode, ranks, inputs in product:
+        if num_heads % ranks:
+            flag = FLAGS["tensor_parallel"]
+            raise UsageError(f"{flag} must divide the {num_heads} heads, got {ranks}")
         yield Case(
             op=operator.name,
             impl="auto",
@@ -333,6 +335,9 @@ def _points(
             preset=sweep.preset,
             seed=sweep.seed,
             mode=mode,
+            tensor_parallel=ranks,
+            inputs=inputs,
+            weights=axes.weights if "weights" in own else "",
         )
 
 
@@ -354,7 +359,13 @@ def reproduce(case: Case, *, device: str, effort: str = "quick") -> str:
         "num_heads": str(case.num_heads),
         "preset": case.preset,
         "seed": str(case.seed) if case.seed else None,
-        "mode": case.mode if case.mode != AUTO_MODE else None,
+    }
+    # what came later and stands at its default is left out
+    later = {name: getattr(case, name) for name in LATER_FIELDS}
+    values |= {
+        name: shlex.quote(str(value))
+        for name, value in later.items()
+        if value != LATER_FIELDS[name]
     }
     flags = [f"{FLAGS[key]} {value}" for key, value in values.items() if value is not None]
     if effort != "quick":

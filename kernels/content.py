@@ -60,7 +60,8 @@ def make_content(
 
 
 def _mix(noise: Tensor, signal: Tensor, share: float) -> Tensor:
-    return share * signal + (1 - share**2) ** 0.5 * noise
+    rest: float = (1 - share**2) ** 0.5
+    return share * signal + rest * noise
 
 
 def needle_positions(num_keys: int, generator: torch.Generator) -> Tensor:

@@ -88,8 +88,8 @@ class DsaShape:
         if not self.is_captured:
             return
         if not self.inputs.endswith(".safetensors"):
-            known = ", ".join(INPUT_KINDS)
-            raise Unsupported(f"unknown inputs {self.inputs!r}; known: {known}, FILE.safetensors")
+            known = ", ".join((*INPUT_KINDS, "FILE.safetensors"))
+            raise Unsupported(f"unknown inputs {self.inputs!r}; known: {known}")
         if self.phase != "prefill":
             raise Unsupported("captured inputs are a chunk of prefill (pass --phase prefill)")
         expect_captured(self.inputs, stages["indexer"], stages["sparse_prefill"])

@@ -87,7 +87,7 @@ def run_layer(
         workspace_bytes=inputs.workspace_bytes,
     )
     step = layer.prefill_tokens if inputs.phase == "prefill" else layer.decode_tokens
-    with torch.inference_mode():
+    with torch.no_grad():
         outputs: LayerOutputs = step(inputs.tokens, inputs.cache)
     return outputs
 

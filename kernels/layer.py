@@ -79,7 +79,7 @@ class DeepSeekSparseAttention(LatentAttention):
         self.topk, self.form, self.mha_up_to = topk, form, mha_up_to
         self.workspace_bytes = workspace_bytes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(
         self, hidden: Tensor, cache: LayerCache, *, start: int = 0, sequence: int = 0
     ) -> LayerOutputs:
@@ -93,7 +93,7 @@ class DeepSeekSparseAttention(LatentAttention):
         """
         return self.prefill_tokens(self.chunk(hidden, cache, start, sequence), cache)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, hidden: Tensor, cache: LayerCache, seq_lens: Tensor) -> LayerOutputs:
         """The newest tokens of each sequence.
 

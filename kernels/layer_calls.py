@@ -85,7 +85,11 @@ def glue_calls(shape: LayerShape, *, with_index: bool) -> Calls:
                 with_index=with_index,
             ),
         ),
-        "query_rope": (query_rope.QueryRopeShape(num_rows=rows, num_heads=heads),),
+        "query_rope": (
+            query_rope.QueryRopeShape(
+                num_rows=rows, num_heads=heads, num_positions=shape.seq_len_q
+            ),
+        ),
     }
 
 
@@ -94,6 +98,7 @@ def index_query_calls(shape: LayerShape) -> Calls:
         num_rows=shape.num_tokens,
         index_heads=shape.preset.index_heads,
         precision=shape.precision,
+        num_positions=shape.seq_len_q,
     )
     return {"index_query": (call,)}
 

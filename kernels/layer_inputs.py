@@ -29,6 +29,7 @@ from dsa_bench.kernels.paging import make_block_table
 from dsa_bench.kernels.rope import rope_table
 from dsa_bench.operator import Unsupported
 from dsa_bench.preset import Preset
+from dsa_bench.record import split_weights
 
 SUFFIX = ".safetensors"
 CONTENT_WIDTH = 64
@@ -117,11 +118,11 @@ def make_layer_weights(
 ) -> LayerWeights:
     """Of the first rank: from the file that the case names, or made up."""
     if shape.weights:
-        path, _, layer = shape.weights.partition(f"{SUFFIX}:")
+        path, layer = split_weights(shape.weights)
         return load_weights(
-            f"{path}{SUFFIX}" if layer else path,
+            path,
             shape.preset,
-            layer=int(layer) if layer else None,
+            layer=layer,
             precision=shape.precision,
             device=device,
             rank=0,

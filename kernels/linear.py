@@ -26,7 +26,7 @@ from torch import Tensor
 from dsa_bench.accuracy import BF16_ROUNDING, Check, compare_to_budget, shape_differs
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.fp8 import E4M3_MAX, INDEX_AMAX_FLOOR, quantize
-from dsa_bench.kernels.layer_weights import Matrix
+from dsa_bench.kernels.layer_weights import Matrix, quantize_blocks
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
@@ -85,19 +85,9 @@ def make_inputs(shape: LinearShape, *, seed: int, device: torch.device | str) ->
     w = torch.randn(shape.out_features, shape.in_features, generator=g, device=device)
     w *= shape.in_features**-0.5
     if shape.precision != "fp8":
-        return LinearInputs(x.bfloat16(), None, Matrix(w.bfloat16(), None))
+        return LinearInputs(x.bfloat16(), None, Matrix(w.bfloat16()))
     values, scale = quantize(x, BLOCK, INDEX_AMAX_FLOOR / E4M3_MAX)
-    return LinearInputs(values, scale.T.contiguous().T, _quantize_blocks(w))
-
-
-def _quantize_blocks(w: Tensor) -> Matrix:
-    """e4m3 with one scale for each 128 × 128 block."""
-    rows, columns = w.shape
-    padded = torch.nn.functional.pad(w, (0, 0, 0, -rows % BLOCK))
-    blocks = padded.view(-1, BLOCK, columns // BLOCK, BLOCK).transpose(1, 2)
-    values, scale = quantize(blocks.flatten(2), BLOCK * BLOCK, INDEX_AMAX_FLOOR / E4M3_MAX)
-    values = values.view(blocks.shape).transpose(1, 2).reshape(padded.shape)[:rows]
-    return Matrix(values.contiguous(), scale.squeeze(-1))
+    return LinearInputs(values, scale.T.contiguous().T, quantize_blocks(w))
 
 
 def check_arguments(inputs: LinearInputs) -> None:
@@ -134,7 +124,8 @@ def dequantized_rows(inputs: LinearInputs, rows: Tensor | None, dtype: torch.dty
     if inputs.x_scale is None:
         return x.to(dtype)
     scale = inputs.x_scale if rows is None else inputs.x_scale[rows]
-    return (x.float().unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1).to(dtype)
+    groups: Tensor = x.float().unflatten(1, (-1, BLOCK)) * scale[..., None]
+    return groups.flatten(1).to(dtype)
 
 
 def exact(inputs: LinearInputs, *, rows: Tensor | None = None) -> LinearOutputs:

@@ -3,9 +3,10 @@
 Both take one block of 128 columns a step: tiles come by TMA, tensor cores sum 128 products, the
 CUDA cores multiply the sum by both scales and add it to the result in fp32.
 
-Many rows: BLOCK_M rows of x by two halves of 128 columns of the weight; a half is scaled while
-the tensor cores work for the other warp group. Tiles are walked in groups of row tiles, so that L2
-keeps what neighbours share.
+Many rows: BLOCK_M rows of x by 128 + 64 columns of the weight. 256 columns would leave no registers
+for the sum of a block beside the result; with 192 the CUDA cores scale one part while the tensor
+cores work on the other. Tiles are walked in groups of row tiles, so that L2 keeps what neighbours
+share.
 
 Few rows: the weight is the left operand, as tensor cores take 64 rows at the least: its rows fill
 them, and 16 tokens suffice. Bound by the reading of the weight, which needs all multiprocessors:
@@ -34,6 +35,8 @@ from dsa_bench.operator import Implementation, Machine
 IMPLEMENTS = "linear"
 TMA_ALIGNMENT = 16
 """Bytes: of the address and the row stride of what a descriptor reads."""
+FEATURE_ALIGNMENT = 8
+"""bf16 elements of those 16 bytes."""
 FEW_ROWS = 256
 """Up to here the weight's tiles are the left operand."""
 SUM_BLOCK = 1024
@@ -113,19 +116,18 @@ def _linear_few_rows_kernel(
     offs_t = first_t + tl.arange(0, BLOCK_T)
     is_row = offs_t < num_rows
     x_scale_ptrs = x_scale_ptr + offs_t.to(tl.int64) * stride_x_scale_row
+    x_scale_ptrs += first_block.to(tl.int64) * stride_x_scale_block
     w_scale_row = w_scale_ptr + (first_o // BLOCK_K).to(tl.int64) * stride_w_scale_row
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
-        ptrs = x_scale_ptrs + block.to(tl.int64) * stride_x_scale_block
-        x_scale = tl.load(ptrs, mask=is_row, other=0.0)
+        x_scale = tl.load(x_scale_ptrs, mask=is_row, other=0.0)
         w_scale = tl.load(w_scale_row + block)
         w = w_desc.load([first_o, block * BLOCK_K])
         x = x_desc.load([first_t, block * BLOCK_K])
         total += tl.dot(w, x.T) * (x_scale * w_scale)[None, :]
+        x_scale_ptrs += stride_x_scale_block
     part = tl.program_id(2).to(tl.int64) * num_rows * out_features
-    _store_rows(
-        out_ptr + part, total.T, first_t, first_o, num_rows, out_features, BLOCK_T, BLOCK_O
-    )
+    _store_rows(out_ptr + part, total.T, first_t, first_o, num_rows, out_features, BLOCK_T, BLOCK_O)
 
 
 @triton.jit
@@ -134,8 +136,9 @@ def _sum_parts_kernel(parts_ptr, out_ptr, size, NUM_PARTS: tl.constexpr, BLOCK: 
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs < size
     total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(NUM_PARTS):
-        total += tl.load(parts_ptr + part * size.to(tl.int64) + offs, mask=exists, other=0.0)
+    for _ in tl.static_range(NUM_PARTS):
+        total += tl.load(parts_ptr + offs, mask=exists, other=0.0)
+        parts_ptr += size
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=exists)
 
 
@@ -162,10 +165,12 @@ class FewRowsConfig:
 def choose_config(
     num_rows: int, in_features: int, out_features: int, num_sms: int
 ) -> ManyRowsConfig | FewRowsConfig:
-    """Two halves where their tiles fill the GPU; for few rows two programs a multiprocessor."""
+    """192 columns a tile where they fill the GPU, else 128; for few rows two programs a
+    multiprocessor.
+    """
     if num_rows > FEW_ROWS:
-        tiles = -(-num_rows // 128) * -(-out_features // (2 * BLOCK))
-        return ManyRowsConfig(num_halves=2 if tiles >= num_sms else 1)
+        tiles = -(-num_rows // 128) * -(-out_features // 192)
+        return ManyRowsConfig(right=64 if tiles >= num_sms else 0)
     block_t = min(128, max(16, triton.next_power_of_2(num_rows)))
     programs = -(-out_features // 64) * -(-num_rows // block_t)
     num_blocks = in_features // BLOCK
@@ -195,26 +200,31 @@ def linear(inputs: LinearInputs, config: ManyRowsConfig | FewRowsConfig | None =
     x, x_scale, weight = inputs.x, inputs.x_scale, inputs.weight
     if x_scale is None or weight.scale is None:
         raise TypeError(f"triton linear takes float8_e4m3fn, got {x.dtype} (use torch)")
-    for name, tensor in (("x", x), ("weight.values", weight.values)):
-        if _row_stride(tensor) % TMA_ALIGNMENT or tensor.data_ptr() % TMA_ALIGNMENT:
-            raise ValueError(
-                f"{name} must begin, and its rows too, at a multiple of {TMA_ALIGNMENT} bytes, got"
-                f" strides {tuple(tensor.stride())} (pass x.contiguous())"
-            )
     (num_rows, columns), features = x.shape, weight.values.shape[0]
     out = torch.empty(num_rows, features, dtype=inputs.result_dtype, device=x.device)
+    _expect_aligned("x", x)
+    _expect_aligned("weight.values", weight.values)
+    if num_rows > FEW_ROWS:
+        _expect_aligned("out", out)
     if out.numel() == 0:
         return out
     properties = torch.cuda.get_device_properties(x.device)
-    config = config or choose_config(
-        num_rows, columns, features, properties.multi_processor_count
-    )
+    config = config or choose_config(num_rows, columns, features, properties.multi_processor_count)
     scale = weight.scale.contiguous()
     if isinstance(config, ManyRowsConfig):
         _launch_many(x, x_scale, weight.values, scale, out, config)
     else:
         _launch_few(x, x_scale, weight.values, scale, out, config)
     return out
+
+
+def _expect_aligned(name: str, tensor: Tensor) -> None:
+    row_bytes = _row_stride(tensor) * tensor.element_size()
+    if row_bytes % TMA_ALIGNMENT or tensor.data_ptr() % TMA_ALIGNMENT:
+        raise ValueError(
+            f"rows of {name} must begin at multiples of {TMA_ALIGNMENT} bytes, got strides"
+            f" {tuple(tensor.stride())} (pass contiguous rows of a multiple of 16 elements)"
+        )
 
 
 def _row_stride(tensor: Tensor) -> int:
@@ -272,6 +282,11 @@ def supports(shape: LinearShape, machine: Machine) -> str | None:
         return "triton linear is for fp8 alone (use torch in bf16)"
     if not machine.is_hopper:
         return f"triton linear needs Hopper (TMA and wgmma), this is {machine.name}"
+    if shape.out_features % FEATURE_ALIGNMENT:
+        return (
+            f"triton linear needs out_features of a multiple of {FEATURE_ALIGNMENT},"
+            f" this case has {shape.out_features}"
+        )
     return None
 
 
@@ -279,8 +294,8 @@ IMPLEMENTATIONS = (Implementation(name="triton", run=run, supports=supports, pri
 
 SIGNATURE = {
     "x_scale_ptr": "*fp32:16", "w_scale_ptr": "*fp32:16", "num_rows": "i32:16",
-    "out_features": "i32:16", "num_blocks": "i32", "stride_x_scale_row": "i32:1", "stride_x_scale_block": "i32:16",
-    "stride_w_scale_row": "i32",
+    "out_features": "i32:16", "num_blocks": "i32", "stride_x_scale_row": "i32:1",
+    "stride_x_scale_block": "i32:16", "stride_w_scale_row": "i32",
 }  # fmt: skip
 
 

@@ -16,14 +16,27 @@ from dsa_bench.kernels.dsa_layer import (
     compose,
     num_rows,
     reference,
-    shape_of,
     sum_of_calls,
 )
+from dsa_bench.kernels.dsa_layer import shape_of as sparse_shape_of
 from dsa_bench.kernels.layer_calls import masked_calls, masked_memory
 from dsa_bench.kernels.layer_inputs import LayerShape, make_inputs
-from dsa_bench.operator import Cost, Operator
+from dsa_bench.operator import Cost, Operator, Unsupported
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
 
 STAGES = (*PREFILL_STAGES, "masked_prefill")
+MAX_KEYS = 16384
+"""Beyond twice the length at which the sparse form needs fewer FLOPs there is nothing to learn."""
+
+
+def shape_of(case: Case, preset: Preset) -> LayerShape:
+    if case.seq_len_kv > MAX_KEYS:
+        raise Unsupported(
+            f"the masked form is for prompts of up to {MAX_KEYS} tokens, got {case.seq_len_kv}"
+            " (dsa_layer is the form beyond)"
+        )
+    return sparse_shape_of(case, preset)
 
 
 def cost(shape: LayerShape) -> Cost:

@@ -1,10 +1,11 @@
-"""Figures of what one line of DSA is made of: stages, memory, rates."""
+"""Figures of what one sparse line is made of: stages, memory, rates."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
+from dsa_bench.contest import ATTENTION, DENSE
 from dsa_bench.reports import lines, units
 from dsa_bench.reports.chart import Axis, Figure, Mark, Series
 from dsa_bench.reports.digest import Digest
@@ -17,15 +18,17 @@ PREFILL_CEILINGS = {
     "fp32_flops_per_second": "measured fp32 matmul rate",
 }
 FP8_NOTE = " Only an fp8 stage can pass the bf16 rate."
+MAX_RATES = 6
+"""Stages of which one figure shows the rates: those that take longest."""
 DECODE_CEILINGS = {"copy_bytes_per_second": "measured copy rate"}
 
 
 def stage_times(report: Digest) -> list[Figure]:
-    """Kernel time of each stage of DSA as stacked bars over L."""
+    """Kernel time of each stage of DSA as stacked bars over L; of a layer see `budget`."""
     made = []
     for panel in lines.bar_panels(report, "speedup"):
-        stages = _stages_of(panel, report)
-        if stages.empty:
+        stages = stages_of(panel.rows, report)
+        if stages.empty or panel.contest != ATTENTION.name:
             continue
         last = stages[stages["seq_len_kv"] == stages["seq_len_kv"].max()]
         largest = last.sort_values("seconds").iloc[-1]
@@ -56,12 +59,13 @@ def stage_times(report: Digest) -> list[Figure]:
 
 
 def memory(report: Digest) -> list[Figure]:
-    """Peak memory of one call, split; beside it the peak of the fastest dense attention."""
+    """Peak memory of one call, split; beside it the peak of the fastest dense opponent."""
     made = []
     for panel in lines.bar_panels(report, "peak_bytes"):
         rows = panel.rows
         last = rows.sort_values("seq_len_kv").iloc[-1]
-        dense = _dense_peers(report.cases, rows)
+        dense = dense_peers(report.cases, rows)
+        dense = dense[dense["peak_bytes"].notna()]
         parts = (
             ("inputs", "input_bytes"),
             ("outputs", "output_bytes"),
@@ -81,7 +85,7 @@ def memory(report: Digest) -> list[Figure]:
                 answer=f"At {units.format_length(last['seq_len_kv'])} the peak is "
                 f"{units.format_bytes(last['peak_bytes'])}, of which "
                 f"{units.format_bytes(last['workspace_bytes'])} is workspace (logits, parts)."
-                + ("" if dense.empty else " Diamonds: the fastest dense attention."),
+                + ("" if dense.empty else f" Diamonds: {panel.opponent}, the fastest."),
                 kind="bars",
                 x=LENGTH,
                 y=Axis(title="bytes on the device", text=units.format_bytes, base=2, log=False),
@@ -98,7 +102,7 @@ def rates(report: Digest) -> list[Figure]:
         in_decode = panel.phase == "decode"
         column = "bytes_per_second" if in_decode else "flops_per_second"
         text = units.format_bandwidth if in_decode else units.format_flops
-        stages = _stages_of(panel, report)
+        stages = _longest(stages_of(panel.rows, report))
         roles = {stage: f"stage{min(i, 5)}" for i, stage in enumerate(stages["stage"].unique())}
         stages = stages[stages[column].notna()]
         if stages.empty:
@@ -131,9 +135,17 @@ def rates(report: Digest) -> list[Figure]:
     return made
 
 
-def _stages_of(panel: lines.Panel, report: Digest) -> pd.DataFrame:
-    stages, rows = report.stages, panel.rows
+def stages_of(rows: pd.DataFrame, report: Digest) -> pd.DataFrame:
+    """The stages of these cases, which are of one run."""
+    stages = report.stages
     return stages[stages["key"].isin(rows["key"]) & stages["run"].isin(rows["run"])]
+
+
+def _longest(stages: pd.DataFrame) -> pd.DataFrame:
+    """The MAX_RATES stages that take the most time in all, in the order in which they run."""
+    seconds = pd.to_numeric(stages["seconds"])
+    total = seconds.groupby(stages["stage"]).sum().nlargest(MAX_RATES)
+    return stages[stages["stage"].isin(total.index)]
 
 
 def _ceiling_marks(header: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Mark, ...]:
@@ -152,10 +164,10 @@ def _ceiling_marks(header: Mapping[str, Any], names: Mapping[str, str]) -> tuple
     return tuple(marks)
 
 
-def _dense_peers(cases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The dense cases that the DSA cases in `rows` are compared with."""
+def dense_peers(cases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The dense cases that the sparse cases in `rows` are compared with."""
     wanted = rows[[*SHAPE, "dense_impl", "dense_precision"]].rename(
         columns={"dense_impl": "impl", "dense_precision": "precision"}
     )
-    dense = cases[(cases["op"] == "dense_attention") & cases["peak_bytes"].notna()]
+    dense = cases[cases["op"].isin(DENSE)]
     return dense.merge(wanted, on=[*SHAPE, "impl", "precision"], how="inner")

@@ -112,6 +112,8 @@ class Figure:
     """`lines`, or `bars`: stacked, one bar for each L."""
     is_lead: bool = False
     """Belongs on the first screen."""
+    reach: float = 0.0
+    """The y axis goes at least so far: figures to be compared have one scale."""
 
     @property
     def lengths(self) -> list[float]:
@@ -136,7 +138,7 @@ def y_domain(figure: Figure) -> tuple[float, float]:
     values = [v for s in figure.series for p in s.points for v in (p.y, p.low, p.high) if v]
     values += [m.y for m in figure.marks if m.y]
     if figure.kind == "bars":
-        values = [*_bar_tops(figure), *values]
+        values = [*_bar_tops(figure), *values, figure.reach]
     positive = [v for v in values if v > 0]
     if not positive:
         return (0.1, 1.0) if figure.y.log else (0.0, 1.0)

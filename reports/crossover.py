@@ -1,4 +1,4 @@
-"""From which length DSA is faster than dense attention, and the sentence that says so."""
+"""From which length sparse is faster than dense, and the sentence that says so."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from numbers import Real
 
 import pandas as pd
 
-from dsa_bench.record import AUTO_MODE
-from dsa_bench.reports import frame
+from dsa_bench.contest import CONTESTS, SPARSE, Contest
+from dsa_bench.record import AUTO_MODE, RANDOM_INPUTS
+from dsa_bench.reports import frame, naming
 from dsa_bench.reports.units import format_length, format_ratio
 
 HEADLINE_TOPK = 2048
@@ -20,7 +21,7 @@ MAX_NAMED = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crossover:
-    """Where one line of DSA cases over L meets the fastest dense attention."""
+    """Where one line of sparse cases over L meets the fastest dense opponent."""
 
     axes: dict[str, object]
     """The values of frame.AXES that these cases share."""
@@ -29,22 +30,27 @@ class Crossover:
     L has both, but none that can be trusted.
     """
     seq_len_kv: float | None = None
-    """L from which DSA is faster at every longer measured L; only where it crosses."""
+    """L from which sparse is faster at every longer measured L; only where it crosses."""
     interval: tuple[float, float] | None = None
     """The same from the ends of the two confidence intervals; None if one end does not cross."""
     first_length: int = 0
     last_length: int = 0
     last_speedup: float = math.nan
     dense: str = ""
-    """The fastest dense attention at the last L: `flash_attn_3, bf16`."""
+    """The fastest dense opponent at the last L: `flash_attn_3, bf16`."""
     flagged: bool = False
     """Some time that this rests on is in doubt."""
     left_out: tuple[str, ...] = ()
     """The suspect times that this would have rested on: `DSA at 64K`, `triton at 128K`."""
 
     @property
+    def contest(self) -> str:
+        """`attention` or `layer`."""
+        return naming.contest_of(self.axes["op"])
+
+    @property
     def is_compared(self) -> bool:
-        """Whether DSA stands beside dense attention at some L."""
+        """Whether sparse stands beside dense at some L."""
         return self.outcome not in ("no dense", "suspect")
 
 
@@ -68,11 +74,11 @@ def crossing(
 
 
 def crossovers(table: pd.DataFrame) -> tuple[Crossover, ...]:
-    """One crossover for each line of `ok` DSA cases that differ in L alone.
+    """One crossover for each line of `ok` sparse cases that differ in L alone.
 
     Times that are suspect or invalid count for nothing but `left_out`.
     """
-    measured = table[(table["op"] == "dsa") & table["seconds"].notna()]
+    measured = table[table["op"].isin(SPARSE) & table["seconds"].notna()]
     groups = measured.groupby(list(frame.AXES), dropna=False, sort=False)
     return tuple(_of_line(dict(zip(frame.AXES, key, strict=True)), rows) for key, rows in groups)
 
@@ -87,29 +93,36 @@ def _of_line(axes: dict[str, object], rows: pd.DataFrame) -> Crossover:
         )
     lengths = [int(n) for n in rows["seq_len_kv"]]
     speedups = list(rows["speedup"])
-    at = crossing(lengths, list(rows["seconds"]), list(rows["dense_seconds"]))
-    early = crossing(lengths, list(rows["seconds_low"]), list(rows["dense_high"]))
-    late = crossing(lengths, list(rows["seconds_high"]), list(rows["dense_low"]))
-    if len(lengths) == 1:
-        outcome = "one length"
-    elif at is not None:
-        outcome = "crosses"
-    else:
-        outcome = "always" if speedups[-1] > 1 else "never"
+    outcome, at, interval = meeting(rows)
     last = rows.iloc[-1]
     flags = [*rows["flags"], *rows["dense_flags"]]
     return Crossover(
         axes=axes,
         outcome=outcome,
         seq_len_kv=at,
-        interval=(early, late) if at and early and late else None,
+        interval=interval,
         first_length=lengths[0],
         last_length=lengths[-1],
         last_speedup=float(speedups[-1]),
-        dense=f"{last['dense_impl']}, {last['dense_precision']}",
+        dense=f"{naming.impl_text(last['dense_impl'])}, {last['dense_precision']}",
         flagged=any(isinstance(f, str) and f for f in flags),
         left_out=left_out,
     )
+
+
+def meeting(rows: pd.DataFrame) -> tuple[str, float | None, tuple[float, float] | None]:
+    """(outcome, L, interval) of rows that ascend in L, with their opponents' times beside them."""
+    lengths = [int(n) for n in rows["seq_len_kv"]]
+    own, other = (list(rows[name]) for name in ("seconds", "dense_seconds"))
+    at = crossing(lengths, own, other)
+    early = crossing(lengths, list(rows["seconds_low"]), list(rows["dense_high"]))
+    late = crossing(lengths, list(rows["seconds_high"]), list(rows["dense_low"]))
+    interval = (early, late) if at and early and late else None
+    if len(lengths) == 1:
+        return "one length", at, interval
+    if at is not None:
+        return "crosses", at, interval
+    return ("always" if own[-1] < other[-1] else "never"), at, interval
 
 
 def _left_out(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -118,44 +131,65 @@ def _left_out(rows: pd.DataFrame) -> tuple[str, ...]:
     for row, is_trusted in zip(frame.rows(rows), frame.trusted(rows), strict=True):
         length = format_length(row["seq_len_kv"])
         if not is_trusted:
-            found.append(f"DSA at {length}")
+            found.append(f"{naming.operator_text(row['op'])} at {length}")
         if isinstance(row["suspect_dense"], str):
             found.append(f"{row['suspect_dense']} at {length}")
     return tuple(found)
 
 
 def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) -> str:
-    """One sentence on one run: where DSA beats dense attention, by how much, in each phase."""
+    """One sentence for each contest of a run: where sparse beats dense, and by how much."""
     rows = table[table["run_label"] == run_label]
     mine = [c for c in found if c.axes["run_label"] == run_label]
-    phases = [p for p in ("prefill", "decode", "train") if (rows["phase"] == p).any()]
-    if not phases:
+    if rows.empty:
         return f"On {run_label} no case was measured."
-    if not (rows["op"] == "dsa").any():
-        return _without_dsa(run_label, rows)
-    chosen = {p: choose([c for c in mine if c.axes["phase"] == p]) for p in phases}
-    clauses = [
-        _clause(phase, chosen[phase], chosen.get(previous or ""), rows)
-        for previous, phase in zip([None, *phases], phases, strict=False)
-    ]
-    text = f"On {run_label}, {'; '.join(clauses)}."
-    if any(c is not None and c.flagged for c in chosen.values()):
-        text += " Some of these times carry a doubt flag: see the table."
-    lost = list(dict.fromkeys(one for c in chosen.values() if c is not None for one in c.left_out))
+    if not rows["op"].isin(SPARSE).any():
+        return _without_sparse(run_label, rows)
+    chosen: list[Crossover] = []
+    sentences = []
+    for contest in CONTESTS:
+        asked = rows[rows["contest"] == contest.name]
+        if asked["op"].isin(contest.sparse).any():
+            text, used = _sentence(contest, asked, [c for c in mine if c.contest == contest.name])
+            sentences.append(text)
+            chosen += used
+    sentences[0] = f"On {run_label}, {sentences[0][0].lower()}{sentences[0][1:]}"
+    if any(c.flagged for c in chosen):
+        sentences.append("Some of these times carry a doubt flag: see the table.")
+    lost = list(dict.fromkeys(one for c in chosen for one in c.left_out))
     if lost:
         more = f" and {len(lost) - MAX_NAMED} more" if len(lost) > MAX_NAMED else ""
-        text += f" Left out as suspect: {', '.join(lost[:MAX_NAMED])}{more}."
-    return text
+        sentences.append(f"Left out as suspect: {', '.join(lost[:MAX_NAMED])}{more}.")
+    return " ".join(sentences)
 
 
-def _without_dsa(run_label: str, rows: pd.DataFrame) -> str:
-    """What a run measured that asked for no DSA."""
+def _sentence(
+    contest: Contest, rows: pd.DataFrame, found: Sequence[Crossover]
+) -> tuple[str, list[Crossover]]:
+    """What the phases of one contest gave, and the lines that this speaks of."""
+    phases = [p for p in ("prefill", "decode", "train") if (rows["phase"] == p).any()]
+    chosen = {p: choose([c for c in found if c.axes["phase"] == p]) for p in phases}
+    clauses = [
+        _clause(contest, phase, chosen[phase], chosen.get(previous or ""), rows)
+        for previous, phase in zip([None, *phases], phases, strict=False)
+    ]
+    text = "; ".join(clauses)
+    return f"{text[:1].upper()}{text[1:]}.", [c for c in chosen.values() if c is not None]
+
+
+def _without_sparse(run_label: str, rows: pd.DataFrame) -> str:
+    """What a run measured that asked for nothing sparse."""
     timed = rows[rows["seconds"].notna()]
     if timed.empty:
         return f"On {run_label} no case has a time ({_endings(rows)})."
     names = [str(op) for op in timed["op"].unique()]
-    if names == ["dense_attention"]:
-        return f"On {run_label}, dense attention was measured; no DSA beside it, so no crossover."
+    for contest in CONTESTS:
+        if names == [contest.dense]:
+            sparse = naming.operator_text(contest.sparse[0])
+            return (
+                f"On {run_label}, {naming.DENSE[contest.name]} was measured; "
+                f"no {sparse} beside it, so no crossover."
+            )
     operators = "1 operator was" if len(names) == 1 else f"{len(names)} operators were"
     return (
         f"On {run_label}, {operators} measured: {', '.join(names)}; "
@@ -168,7 +202,7 @@ def _endings(rows: pd.DataFrame) -> str:
 
 
 def choose(found: Sequence[Crossover]) -> Crossover | None:
-    """The line a headline speaks of: of the default mode, k = 2048 if measured, the longest L, …"""
+    """The line a headline speaks of: of the default mode, whole, k = 2048, the longest L, …"""
 
     def rank(c: Crossover) -> tuple[object, ...]:
         topk = c.axes["topk"]
@@ -176,6 +210,10 @@ def choose(found: Sequence[Crossover]) -> Crossover | None:
         return (
             compared,
             _mode_rank(c),
+            c.axes["inputs"] == RANDOM_INPUTS,
+            # the masked form is one for short prompts
+            c.axes["op"] != "masked_layer",
+            -_number(c.axes["tensor_parallel"]),
             topk == HEADLINE_TOPK,
             c.last_length,
             _number(topk),
@@ -200,11 +238,11 @@ def _number(value: object) -> float:
 
 
 def describe(crossover: Crossover) -> str:
-    """`k=2048, fp8`, and the mode if it was asked for: the DSA that a sentence speaks of."""
-    topk, mode = _number(crossover.axes["topk"]), crossover.axes["asked_mode"]
-    named = [f"k={topk:.0f}"] if topk else []
-    named.append(str(crossover.axes["precision"]))
-    return ", ".join(named + ([] if mode == AUTO_MODE else [str(mode)]))
+    """`k=2048, fp8`, and what was asked for beyond the defaults: the line of a sentence."""
+    defaults: dict[str, object] = {"tensor_parallel": 1, "inputs": RANDOM_INPUTS, "weights": ""}
+    defaults |= {"asked_mode": AUTO_MODE}
+    told = ["topk", "precision", *(a for a, d in defaults.items() if crossover.axes[a] != d)]
+    return ", ".join(t for a in told if (t := naming.axis_text(a, crossover.axes[a])))
 
 
 def where(crossover: Crossover) -> str:
@@ -216,16 +254,17 @@ def where(crossover: Crossover) -> str:
 
 
 def verdict(c: Crossover) -> str:
-    """What a crossover says, as the end of a sentence whose subject is DSA."""
+    """What a crossover says, as the end of a sentence whose subject is sparse."""
     last, times = format_length(c.last_length), format_ratio(c.last_speedup)
-    dense = f"dense attention ({c.dense})"
+    opponent = naming.DENSE[c.contest]
+    dense = f"{opponent} ({c.dense})"
     only = f"at L = {last}, the only L compared"
     fast = f"{times} as fast" if c.last_speedup > 1 else f"at {times} the speed of dense"
     match c.outcome:
         case "no dense":
-            return "has no dense attention of the same shapes beside it"
+            return f"has no {opponent.removeprefix('the ')} of the same shapes beside it"
         case "suspect":
-            return "has no time beside dense attention that can be trusted"
+            return f"has no time beside {opponent} that can be trusted"
         case "one length" if c.last_speedup > 1:
             return f"beats {dense} {only}: {times} as fast"
         case "one length":
@@ -240,19 +279,23 @@ def verdict(c: Crossover) -> str:
             return f"does not beat {dense} up to L = {last}, where it runs {fast}"
 
 
-def _clause(phase: str, c: Crossover | None, before: Crossover | None, rows: pd.DataFrame) -> str:
+def _clause(
+    contest: Contest, phase: str, c: Crossover | None, before: Crossover | None, rows: pd.DataFrame
+) -> str:
     """What one phase gave; short where it only repeats the opponents of the phase before."""
     if c is not None and before is not None and _same_opponents(before, c):
         start, last = format_length(c.seq_len_kv or 0), format_length(c.last_length)
         return f"{where(c)} from L = {start}, {format_ratio(c.last_speedup)} as fast at {last}"
     if c is not None:
-        return f"{where(c)} DSA ({describe(c)}) {verdict(c)}"
-    ended = rows[(rows["phase"] == phase) & (rows["op"] == "dsa")]
+        return f"{where(c)} {naming.sparse_text(c.axes['op'])} ({describe(c)}) {verdict(c)}"
+    ended = rows[(rows["phase"] == phase) & rows["op"].isin(contest.sparse)]
+    sparse = naming.operator_text(contest.sparse[0])
     if ended.empty:
-        return f"in {phase} no DSA case was asked for"
-    return f"in {phase} no DSA case has a time ({_endings(ended)})"
+        return f"in {phase} no {sparse} case was asked for"
+    return f"in {phase} no {sparse} case has a time ({_endings(ended)})"
 
 
 def _same_opponents(a: Crossover, b: Crossover) -> bool:
     both_cross = a.outcome == b.outcome == "crosses"
-    return both_cross and (describe(a), a.dense) == (describe(b), b.dense)
+    same_op = a.axes["op"] == b.axes["op"]
+    return both_cross and same_op and (describe(a), a.dense) == (describe(b), b.dense)

@@ -1,11 +1,12 @@
-"""Figures that compare lines over L: speed-up, cost, time, error, single operators."""
+"""Figures that compare lines over L: speed-up, cost, time, single operators."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 
-from dsa_bench.reports import crossover, frame, lines, published, units
+from dsa_bench.contest import CONTEST_OF, LAYER
+from dsa_bench.reports import crossover, frame, lines, naming, published, units
 from dsa_bench.reports.chart import Axis, Figure, Mark
 from dsa_bench.reports.digest import Digest
 from dsa_bench.reports.series import LENGTH, line_series
@@ -15,13 +16,13 @@ MAX_CROSSINGS = 3
 
 
 def speedup(report: Digest) -> list[Figure]:
-    """Time of the fastest dense attention over time of DSA, with the crossing of 1."""
+    """Time of the fastest dense opponent over time of sparse, with the crossing of 1."""
     rows = report.cases[report.cases["speedup"].notna()]
     return [
         Figure(
             name=f"speedup-{panel.slug}",
-            title=f"Speed-up over dense attention, {panel.title}",
-            question="From which length is DSA faster, and by how much?",
+            title=f"Speed-up over {panel.opponent}, {panel.title}",
+            question=f"From which length is {_subject(panel)} faster, and by how much?",
             answer=" ".join(_crossing_answer(line, report) for line in panel.lines)
             + _left_out(panel, report),
             x=LENGTH,
@@ -38,14 +39,16 @@ def speedup(report: Digest) -> list[Figure]:
 
 
 def latency(report: Digest) -> list[Figure]:
-    """Time of one call, DSA and every dense implementation."""
+    """Time of one call, sparse and every dense implementation."""
     cases = report.cases
-    rows = cases[cases["seconds"].notna() & cases["op"].isin(["dsa", "dense_attention"])]
+    rows = cases[cases["seconds"].notna() & cases["op"].isin(CONTEST_OF)]
     return [
         Figure(
             name=f"latency-{panel.slug}",
             title=f"Time of one layer, {panel.title}",
-            question="How long does the attention of one layer take?",
+            question="How long does one whole layer take, from hidden state to output?"
+            if panel.contest == LAYER.name
+            else "How long does the attention of one layer take?",
             answer=_last_values(panel, "seconds", units.format_seconds),
             x=LENGTH,
             y=Axis(title="time of one call", text=units.format_seconds, log=True),
@@ -57,11 +60,9 @@ def latency(report: Digest) -> list[Figure]:
 
 
 def cost(report: Digest) -> list[Figure]:
-    """USD per million tokens; of decode the largest batch, of dense attention the fastest."""
+    """USD per million tokens; of decode the largest batch, of dense implementations the fastest."""
     cases = report.cases
-    rows = cases[
-        cases["usd_per_million_tokens"].notna() & cases["op"].isin(["dsa", "dense_attention"])
-    ]
+    rows = cases[cases["usd_per_million_tokens"].notna() & cases["op"].isin(CONTEST_OF)]
     rows = lines.fastest_dense(lines.largest_batch(rows))
     made = []
     for panel in lines.panels(rows):
@@ -69,16 +70,17 @@ def cost(report: Digest) -> list[Figure]:
         per_hour = frame.price_text(panel.rows.iloc[0])
         curves = published.series(panel, price) if published.is_comparable(panel) else ()
         beside = f" {published.caption(price)}" if curves else ""
+        part = "attention layers" if panel.contest == LAYER.name else "attention"
         made.append(
             Figure(
                 name=f"cost-{panel.slug}",
                 title=f"Cost of a million tokens, {panel.title}",
-                question="What does the attention of a token at position L cost?",
+                question=f"What is the cost of the {part} for a token at position L?",
                 answer=_last_values(panel, "usd_per_million_tokens", units.format_usd)
-                + f" Attention only, all layers, at {per_hour}.{beside}",
+                + f" {part.capitalize()} only, of the whole model, at {per_hour}.{beside}",
                 x=Axis(title=LENGTH.title, text=units.format_length, base=2, log=False),
                 y=Axis(
-                    title="USD per million tokens, attention only", text=units.format_usd, log=False
+                    title=f"USD per million tokens, {part} only", text=units.format_usd, log=False
                 ),
                 series=(
                     *(line_series(line, "usd_per_million_tokens") for line in panel.lines),
@@ -89,28 +91,10 @@ def cost(report: Digest) -> list[Figure]:
     return made
 
 
-def error(report: Digest) -> list[Figure]:
-    """Distance of DSA's output from dense attention's on the same inputs."""
-    rows = report.cases[(report.cases["dense_error"] > 0) & (report.cases["op"] == "dsa")]
-    return [
-        Figure(
-            name=f"error-{panel.slug}",
-            title=f"Distance from dense attention, {panel.title}",
-            question="How far is the sparse output from the dense one?",
-            answer="Relative L2 distance on this run's synthetic inputs. It says how much "
-            "attention mass the selected tokens leave out here, not how good a trained model is.",
-            x=LENGTH,
-            y=Axis(title="relative L2 distance", text=units.format_error, log=True),
-            series=tuple(line_series(line, "dense_error") for line in panel.lines),
-        )
-        for panel in lines.panels(rows)
-    ]
-
-
 def operators(report: Digest) -> list[Figure]:
     """Time of operators that were measured on their own."""
     cases = report.cases
-    rows = cases[cases["seconds"].notna() & ~cases["op"].isin(["dsa", "dense_attention"])]
+    rows = cases[cases["seconds"].notna() & ~cases["op"].isin(CONTEST_OF)]
     return [
         Figure(
             name=f"operators-{panel.slug}",
@@ -125,8 +109,12 @@ def operators(report: Digest) -> list[Figure]:
     ]
 
 
+def _subject(panel: lines.Panel) -> str:
+    return "the sparse layer" if panel.contest == LAYER.name else "DSA"
+
+
 def _speedup_note(row: dict[str, Any]) -> str:
-    dense = f"{row['dense_impl']}, {row['dense_precision']}"
+    dense = f"{naming.impl_text(row['dense_impl'])}, {row['dense_precision']}"
     own, other = units.format_seconds(row["seconds"]), units.format_seconds(row["dense_seconds"])
     return f"{own} against {other} of {dense}"
 

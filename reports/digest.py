@@ -8,7 +8,7 @@ import pandas as pd
 from dsa_bench import doubt
 from dsa_bench.doubt import SEVERITIES
 from dsa_bench.record import STATUSES
-from dsa_bench.reports import crossover, frame, metrics, spent
+from dsa_bench.reports import crossover, frame, metrics, spent, switch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,8 +22,10 @@ class Digest:
     stages: pd.DataFrame
     kernels: pd.DataFrame
     crossovers: tuple[crossover.Crossover, ...]
+    switches: tuple[crossover.Crossover, ...]
+    """Where the sparse layer's MQA form meets its masked form."""
     headlines: tuple[str, ...]
-    """One sentence for each run."""
+    """A sentence or a few for each run."""
     time_spent: tuple[str, ...]
     """For each run where its wall time went; empty where that was not recorded."""
 
@@ -62,7 +64,7 @@ def _rank(severity: str) -> int:
 def digest(runs: Sequence[frame.Run]) -> Digest:
     """Work out tables, crossovers and headlines of these runs."""
     table = metrics.cases(runs)
-    found = crossover.crossovers(table)
+    found, forms = crossover.crossovers(table), switch.switches(table)
     labels = tuple(frame.run_labels(runs))
     return Digest(
         runs=tuple(runs),
@@ -71,6 +73,10 @@ def digest(runs: Sequence[frame.Run]) -> Digest:
         stages=metrics.stages(runs, table),
         kernels=frame.kernels(runs),
         crossovers=found,
-        headlines=tuple(crossover.headline(table, found, label) for label in labels),
+        switches=forms,
+        headlines=tuple(
+            f"{crossover.headline(table, found, label)} {switch.sentence(forms, label)}".strip()
+            for label in labels
+        ),
         time_spent=tuple(spent.sentence(run) for run in runs),
     )

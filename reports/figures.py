@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dsa_bench.reports import breakdown, curves
+from dsa_bench.reports import breakdown, budget, curves, estimate_view, fidelity
 from dsa_bench.reports.chart import Figure
 from dsa_bench.reports.digest import Digest
 
@@ -25,9 +25,13 @@ MAKERS = (
     Maker(name="speedup", make=curves.speedup),
     Maker(name="cost", make=curves.cost),
     Maker(name="latency", make=curves.latency),
+    Maker(name="estimate", make=estimate_view.figures),
+    Maker(name="budget", make=budget.figures),
     Maker(name="stages", make=breakdown.stage_times),
     Maker(name="memory", make=breakdown.memory),
     Maker(name="rates", make=breakdown.rates),
-    Maker(name="error", make=curves.error),
+    Maker(name="error", make=fidelity.error),
+    Maker(name="mass", make=fidelity.mass),
+    Maker(name="recall", make=fidelity.recall),
     Maker(name="operators", make=curves.operators),
 )

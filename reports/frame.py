@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from dsa_bench import doubt
+from dsa_bench.contest import CONTEST_OF
 from dsa_bench.record import Record
 from dsa_bench.reports.pool import Pooled, pool
 from dsa_bench.reports.units import clean
@@ -25,7 +26,10 @@ AXES = (
     "precision",
     "batch_size",
     "num_heads",
+    "tensor_parallel",
     "chunk",
+    "inputs",
+    "weights",
     "seed",
     "asked_mode",
 )
@@ -33,13 +37,14 @@ AXES = (
 
 CASE_COLUMNS = (
     *("run", "run_label", "machine", "device", "started", "gpu_hour_usd", "key"),
-    *("op", "impl", "phase", "seq_len_kv", "seq_len_q", "chunk", "topk", "precision"),
-    *("batch_size", "num_heads", "preset", "seed", "asked_mode", "status", "reason"),
+    *("contest", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "chunk", "topk", "precision"),
+    *("batch_size", "num_heads", "tensor_parallel", "inputs", "weights"),
+    *("preset", "seed", "asked_mode", "status", "reason"),
     *("flags", "doubt", "replicates"),
     *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high", "joules_per_call"),
     *("flops", "bytes_read", "bytes_written"),
     *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes", "predicted_bytes"),
-    *("dense_error", "reproduce"),
+    *("dense_error", "mass_kept", "recall", "reproduce"),
 )
 STAGE_COLUMNS = ("run", "key", "stage", "impl", "seconds", "flops", "bytes_read", "bytes_written")
 KERNEL_COLUMNS = ("run", "key", "stage", "kernel", "calls", "seconds")
@@ -59,8 +64,9 @@ class Run(Protocol):
 def cases(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a case, its replicates pooled, in the order of the records.
 
-    `asked_mode` is the mode that was asked for, `mode` the one that was used. `doubt` is empty,
-    `noisy`, `suspect` or `invalid`, and empty where there is no time.
+    `contest` is that of the operator, empty where it is in none; `asked_mode` the mode that was
+    asked for, `mode` the one that was used. `doubt` is empty, `noisy`, `suspect` or `invalid`, and
+    empty where there is no time.
     """
     labels = run_labels(runs)
     made = [
@@ -159,6 +165,7 @@ def _case_row(index: int, run: Run, label: str, pooled: Pooled) -> dict[str, Any
         "started": str(header.get("started") or ""),
         "gpu_hour_usd": gpu_hour_usd(header),
         **{"key": case.key, "impl": case.impl_label, "asked_mode": asked_mode},
+        "contest": CONTEST_OF.get(case.op, ""),
         **{"status": pooled.status, "reason": pooled.reason, "doubt": ""},
         # a comma ends a flag's name
         "flags": ", ".join(flag.replace(",", ";") for flag in pooled.flags),
@@ -186,19 +193,21 @@ def _measured(pooled: Pooled) -> dict[str, Any]:
             f"{part}_bytes": getattr(record.memory, f"{part}_bytes")
             for part in ("peak", "input", "output", "workspace", "predicted")
         }
-    row["dense_error"] = _dense_error(record.gate.get("dense_error"))
-    return row
+    return row | _accuracy(record.gate.get("dense_error"))
 
 
 def _joined(values: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(values))
 
 
-def _dense_error(value: Any) -> float | None:
-    """Relative L2 distance of the output from dense attention's, where the gate took it."""
-    if isinstance(value, Mapping):
-        value = value.get("relative_l2")
-    return float(value) if isinstance(value, int | float) else None
+def _accuracy(found: Any) -> dict[str, float | None]:
+    """What the gate took of the distance from dense attention; older records have one number."""
+    figures = found if isinstance(found, Mapping) else {"relative_l2": found}
+    columns = {"relative_l2": "dense_error", "mass_kept": "mass_kept", "recall": "recall"}
+    return {
+        column: float(value) if isinstance(value := figures.get(name), int | float) else None
+        for name, column in columns.items()
+    }
 
 
 def _chunks(table: pd.DataFrame) -> pd.Series:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import vl_convert
 from markupsafe import Markup
 
 from dsa_bench import __version__, doubt
-from dsa_bench.reports import crossover, frame, tables, units, vega
+from dsa_bench.contest import CONTESTS
+from dsa_bench.reports import crossover, frame, naming, tables, units, vega
 from dsa_bench.reports.chart import PALETTE, Figure, color
 from dsa_bench.reports.details import MEASURED_TITLES, details, strip
 from dsa_bench.reports.digest import Digest, digest
@@ -41,6 +43,11 @@ GLOSSARY = (
         "dense implementation with status ok and a time that isn't suspect, of the same shape and "
         "mode, in the same run.",
     ),
+    (
+        "layer",
+        "From hidden state to output: projections, norms, rotation, caches and attention. Sparse "
+        "in the MQA form, masked in the MHA form (for short prompts), dense as V3.1 has it.",
+    ),
     ("speed-up", "Time of that dense attention divided by the time of DSA."),
     (
         "crossover",
@@ -54,9 +61,9 @@ GLOSSARY = (
     ),
     (
         "$/M tokens",
-        "USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶. Attention only: no "
-        "projections, no feed-forward layers, no communication. At the machine's price also where "
-        "that is no GPU.",
+        "USD per GPU-hour ÷ 3600 · ranks · seconds per token · layers · 10⁶. Attention only: no "
+        "projections, no feed-forward layers, no communication; of a layer its projections, norms "
+        "and caches, too. At the machine's price also where that is no GPU.",
     ),
     (
         "FLOP rate, traffic",
@@ -123,6 +130,7 @@ def page(report: Digest) -> str:
         tiles=_tiles(report),
         spent=tables.time_spent(report),
         doubts=tables.doubt_notes(report.cases),
+        sheets=tables.sheets(report),
         groups=_groups(drawn),
         static={f.name: _static(specs[f.name]) for f in drawn[:NUM_STATIC] if f.is_lead},
         table=_table(report),
@@ -205,33 +213,35 @@ def _light(value: Any) -> Any:
 def _tiles(report: Digest) -> list[dict[str, str]]:
     """What matters most of each phase of each run, as large numbers."""
     tiles = []
-    for label in report.labels:
-        for phase in ("prefill", "decode", "train"):
-            found = [
-                c
-                for c in report.crossovers
-                if (c.axes["run_label"], c.axes["phase"]) == (label, phase)
-            ]
-            chosen = crossover.choose(found)
-            if chosen is None or not chosen.is_compared:
-                continue
-            tiles.append(_tile(label if len(report.labels) > 1 else "", chosen))
+    phases = ("prefill", "decode", "train")
+    names = [contest.name for contest in CONTESTS]
+    for place in itertools.product(report.labels, names, phases):
+        found = [
+            c
+            for c in report.crossovers
+            if (c.axes["run_label"], c.contest, c.axes["phase"]) == place
+        ]
+        chosen = crossover.choose(found)
+        if chosen is not None and chosen.is_compared:
+            tiles.append(_tile(place[0] if len(report.labels) > 1 else "", chosen))
     return tiles
 
 
 def _tile(label: str, chosen: crossover.Crossover) -> dict[str, str]:
     where = crossover.where(chosen).removeprefix("in ")
     last = units.format_length(chosen.last_length)
+    name = naming.sparse_text(chosen.axes["op"])
     start, note = {
-        "crosses": (units.format_length(chosen.seq_len_kv or 0), "DSA is faster from this L"),
+        "crosses": (units.format_length(chosen.seq_len_kv or 0), f"{name} is faster from this L"),
         "always": (
             f"≤ {units.format_length(chosen.first_length)}",
-            "DSA is faster at every L compared",
+            f"{name} is faster at every L compared",
         ),
         "one length": (units.MISSING, "only one L was compared"),
-    }.get(chosen.outcome, ("never", f"DSA is not faster up to {last}"))
+    }.get(chosen.outcome, ("never", f"{name} is not faster up to {last}"))
+    layer = naming.axis_text("contest", chosen.contest)
     return {
-        "title": " · ".join(filter(None, (label, where, crossover.describe(chosen)))),
+        "title": " · ".join(filter(None, (label, layer, where, crossover.describe(chosen)))),
         "start": start,
         "start_note": note,
         "speedup": units.format_ratio(chosen.last_speedup),

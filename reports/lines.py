@@ -1,24 +1,29 @@
 """Which cases share a line over L, which lines a figure, and how both are named and coloured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import pandas as pd
 
-from dsa_bench.record import AUTO_MODE, PHASES
-from dsa_bench.reports import crossover, frame, units
+from dsa_bench.contest import ATTENTION, CONTEST_OF, CONTESTS, DENSE, SPARSE
+from dsa_bench.record import PHASES
+from dsa_bench.reports import crossover, frame, naming, units
 from dsa_bench.reports.digest import Digest
 from dsa_bench.reports.metrics import SHAPE
 
 MAX_LINES = 8
 """More lines than this are hard to tell apart: the figure is split."""
-SPLIT_ORDER = ("preset", "num_heads", "chunk", "batch_size", "seed", "asked_mode")
-"""Axes by which a figure is split, the first that varies first; run and phase always split."""
-PANEL_AXES = ("run_label", "preset", "num_heads", "chunk", "batch_size", "seed", "asked_mode")
-"""Axes that DSA and dense attention have in common."""
+SPLIT_ORDER = (
+    *("preset", "weights", "num_heads", "tensor_parallel", "chunk", "inputs", "batch_size"),
+    *("seed", "asked_mode"),
+)
+"""Axes by which a figure is split, the first that varies first; run, phase and contest always."""
+PANEL_AXES = ("run_label", *SPLIT_ORDER)
+"""Axes that sparse and dense have in common."""
 PHASE_RANKS = {phase: rank for rank, phase in enumerate(PHASES)}
+CONTEST_RANKS = {contest.name: rank for rank, contest in enumerate(CONTESTS)}
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 
 
@@ -38,6 +43,8 @@ class Panel:
 
     rows: pd.DataFrame
     phase: str
+    contest: str
+    """`attention`, `layer`, or empty for operators on their own."""
     fixed: Mapping[str, Any]
     """Axes that all its cases share, and that a title may name."""
     lines: tuple[Line, ...]
@@ -45,25 +52,35 @@ class Panel:
     slug: str
     """The title as part of a file name."""
 
+    @property
+    def opponent(self) -> str:
+        """`dense attention` or `the dense layer`."""
+        return naming.DENSE.get(self.contest, naming.DENSE[ATTENTION.name])
 
-def panels(rows: pd.DataFrame) -> list[Panel]:
-    """Split rows by run and phase, then by further axes until no figure has more than MAX_LINES."""
-    rows = rows.assign(phase_rank=rows["phase"].map(PHASE_RANKS).fillna(len(PHASE_RANKS)))
-    groups = rows.groupby(["run", "phase_rank", "phase"])
+
+def panels(rows: pd.DataFrame, by: Sequence[str] = ()) -> list[Panel]:
+    """Split rows by contest, run, phase, ranks, `by`, then until none has more than MAX_LINES."""
+    rows = rows.assign(
+        phase_rank=rows["phase"].map(PHASE_RANKS).fillna(len(PHASE_RANKS)),
+        contest_rank=rows["contest"].map(CONTEST_RANKS).fillna(len(CONTEST_RANKS)),
+    )
+    groups = rows.groupby(["contest_rank", "run", "phase_rank", "phase", "tensor_parallel", *by])
     parts = [part for _, group in groups for part in _split(group)]
     made = [_panel(part, rows) for part in parts]
     return _unique_slugs(made)
 
 
 def bar_panels(report: Digest, column: str) -> list[Panel]:
-    """One line of DSA cases for each phase and run, the one the headline speaks of, as bars."""
-    rows = report.cases[(report.cases["op"] == "dsa") & report.cases["seconds"].notna()]
+    """One sparse line for each contest, run and phase, the one the headline speaks of, as bars."""
+    rows = report.cases[report.cases["op"].isin(SPARSE) & report.cases["seconds"].notna()]
     if column == "peak_bytes":
         rows = rows[rows["peak_bytes"].notna()]
     made = []
-    for (run, phase), group in rows.groupby(["run_label", "phase"], sort=False):
+    for place, group in rows.groupby(["contest", "run_label", "phase"], sort=False):
         candidates = [
-            c for c in report.crossovers if (c.axes["run_label"], c.axes["phase"]) == (run, phase)
+            c
+            for c in report.crossovers
+            if (c.contest, c.axes["run_label"], c.axes["phase"]) == place
         ]
         chosen = crossover.choose(candidates)
         if chosen is None:
@@ -72,40 +89,35 @@ def bar_panels(report: Digest, column: str) -> list[Panel]:
         if mine.empty:
             continue
         panel = _panel(mine, rows)
-        title = ", ".join(filter(None, (panel.title, crossover.describe(chosen))))
+        told = crossover.describe(chosen).split(", ")
+        title = ", ".join(dict.fromkeys([panel.title, *(t for t in told if t not in panel.title)]))
         batch = f"batch {mine['batch_size'].iloc[0]}"
-        if phase == "decode" and batch not in title:
+        if panel.phase == "decode" and batch not in title:
             title = f"{title}, {batch}"
-        made.append(
-            Panel(
-                rows=mine,
-                phase=panel.phase,
-                fixed=panel.fixed,
-                lines=panel.lines,
-                title=title,
-                slug=panel.slug,
-            )
-        )
+        made.append(replace(panel, rows=mine, title=title))
     return _unique_slugs(made)
 
 
 def largest_batch(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of decode only the largest batch that has a DSA case: the one nearest to a service."""
+    """Of decode only the largest batch that has a sparse case: the one nearest to a service."""
     if rows.empty:
         return rows
-    sparse = rows[rows["op"] == "dsa"]
-    of_run = (sparse if not sparse.empty else rows).groupby("run")["batch_size"].max()
-    return rows[(rows["phase"] != "decode") | (rows["batch_size"] == rows["run"].map(of_run))]
+    decode = rows[rows["phase"] == "decode"]
+    is_sparse = decode["op"].isin(SPARSE)
+    place = ["run", "contest"]
+    largest = decode["batch_size"].where(is_sparse).groupby([decode[p] for p in place])
+    # where nothing sparse has a time, of all
+    wanted = largest.transform("max").fillna(decode.groupby(place)["batch_size"].transform("max"))
+    return rows.drop(index=decode.index[decode["batch_size"] != wanted])
 
 
 def fastest_dense(rows: pd.DataFrame) -> pd.DataFrame:
-    """All DSA cases, and of each shape the fastest dense case under the name `fastest`."""
-    dense = rows[rows["op"] == "dense_attention"].sort_values("seconds", kind="stable")
+    """All sparse cases, and of each shape the fastest dense case under the names of them all."""
+    dense = rows[rows["op"].isin(DENSE)].sort_values("seconds", kind="stable")
     dense = dense.drop_duplicates(list(SHAPE))
-    names = dense.groupby(["run", "phase"])["impl"].transform(lambda s: " / ".join(sorted(set(s))))
-    return pd.concat(
-        [rows[rows["op"] != "dense_attention"], dense.assign(impl=names, precision="")]
-    )
+    groups = dense.groupby(["run", "contest", "phase"])
+    names = groups["impl"].transform(lambda s: " / ".join(sorted(set(s))))
+    return pd.concat([rows[~rows["op"].isin(DENSE)], dense.assign(impl=names, precision="")])
 
 
 def same_axes(axes: Mapping[str, object], row: Any) -> bool:
@@ -121,8 +133,8 @@ def name_of(row: Mapping[str, Any]) -> str:
 def belongs(panel: Panel, row: Mapping[str, Any]) -> bool:
     """Whether a case without a time would have been drawn in this panel."""
     alike = all(row[k] == v for k, v in panel.fixed.items() if k in PANEL_AXES)
-    known = row["op"] in ("dsa", "dense_attention")
-    return bool(row["phase"] == panel.phase and alike and known)
+    is_rival = CONTEST_OF.get(row["op"]) == panel.contest
+    return bool(row["phase"] == panel.phase and alike and is_rival)
 
 
 def _split(rows: pd.DataFrame) -> list[pd.DataFrame]:
@@ -141,40 +153,49 @@ def _num_lines(rows: pd.DataFrame) -> int:
 def _panel(rows: pd.DataFrame, everything: pd.DataFrame) -> Panel:
     fixed = {a: rows[a].iloc[0] for a in PANEL_AXES if rows[a].nunique() == 1}
     phase = str(rows["phase"].iloc[0])
+    contest = str(rows["contest"].iloc[0])
     # a title names what tells this figure from the others, and the batch, which a time needs
-    of_phase = everything[everything["phase"] == phase]
+    of_phase = everything[(everything["phase"] == phase) & (everything["contest"] == contest)]
     telling = [a for a in fixed if of_phase[a].nunique() > 1]
     if "run_label" not in telling and everything["run_label"].nunique() > 1:
         telling.insert(0, "run_label")
     if phase == "decode" and "batch_size" in fixed and "batch_size" not in telling:
         telling.append("batch_size")
-    title = ", ".join([phase, *(_axis_text(a, fixed[a]) for a in telling)])
+    named = {"contest": contest} | {axis: fixed[axis] for axis in telling}
+    texts = [naming.axis_text(axis, value) for axis, value in named.items()]
+    title = ", ".join([phase, *filter(None, texts)])
     varying = [a for a in frame.AXES if a not in ("op", "phase") and a not in fixed]
     return Panel(
         rows=rows,
         phase=phase,
+        contest=contest,
         fixed=fixed,
         lines=tuple(_lines(rows, varying)),
         title=title,
-        slug="-".join(
-            "".join(c if c.isascii() and c.isalnum() else " " for c in title).split()
-        ).lower(),
+        slug=slug_of(title),
     )
+
+
+def slug_of(title: str) -> str:
+    """A title as part of a file name: letters, digits and hyphens."""
+    return "-".join(
+        "".join(c if c.isascii() and c.isalnum() else " " for c in title).split()
+    ).lower()
 
 
 def _lines(rows: pd.DataFrame, varying: Sequence[str]) -> list[Line]:
     groups = [group for _, group in rows.groupby(list(frame.AXES), dropna=False, sort=False)]
     firsts = [group.iloc[0] for group in groups]
-    sparse = [f for f in firsts if f["op"] != "dense_attention"]
+    sparse = [f for f in firsts if f["op"] not in DENSE]
     shown = _telling_axes(sparse, varying)
     color_axis = "topk" if "topk" in shown else (shown[0] if shown else "")
     colors = _ranks(sparse, [color_axis] if color_axis else [])
     styles = _ranks(sparse, [a for a in shown if a != color_axis])
-    dense = _ranks([f for f in firsts if f["op"] == "dense_attention"], ["impl", "precision"])
+    dense = _ranks([f for f in firsts if f["op"] in DENSE], ["impl", "precision"])
     dense_styles = _ranks(firsts, [a for a in varying if a in PANEL_AXES])
     made = []
     for group, first in zip(groups, firsts, strict=True):
-        if first["op"] == "dense_attention":
+        if first["op"] in DENSE:
             key = (first["impl"], first["precision"])
             role = f"dense{min(dense[key], 2)}"
             style = STYLES[dense_styles[_key(first, [a for a in varying if a in PANEL_AXES])] % 4]
@@ -184,13 +205,13 @@ def _lines(rows: pd.DataFrame, varying: Sequence[str]) -> list[Line]:
         else:
             role = f"sparse{colors[_key(first, [color_axis] if color_axis else [])] % 6}"
             style = STYLES[styles[_key(first, [a for a in shown if a != color_axis])] % 4]
-            label = _label(first, ("op", *dict.fromkeys(("topk", "precision", *shown))))
+            label = _label(first, tuple(dict.fromkeys(("op", "topk", "precision", *shown))))
         made.append(Line(rows=group, label=label, role=role, style=style))
-    return sorted(made, key=lambda line: line.rows["op"].iloc[0] == "dense_attention")
+    return sorted(made, key=lambda line: line.rows["op"].iloc[0] in DENSE)
 
 
 def _telling_axes(firsts: Sequence[Any], varying: Sequence[str]) -> list[str]:
-    """Of the axes that vary in a figure, those that tell one DSA line from another."""
+    """Of the axes that vary in a figure, those that tell one sparse line from another."""
     axes = [a for a in ("op", *varying) if len({_key(f, [a]) for f in firsts}) > 1]
     # implementations of stages differ with the precision: named only where nothing else tells
     without = [a for a in axes if a != "impl"]
@@ -211,29 +232,7 @@ def _ranks(firsts: Sequence[Any], axes: Sequence[str]) -> dict[tuple[Any, ...], 
 
 
 def _label(row: Any, axes: Sequence[str]) -> str:
-    return units.shorten(" ".join(t for axis in axes if (t := _axis_text(axis, row[axis]))))
-
-
-def _axis_text(axis: str, value: Any) -> str:
-    if value is None or value != value:
-        return ""
-    match axis:
-        case "op":
-            return {"dsa": "DSA", "dense_attention": "dense"}.get(value, str(value))
-        case "topk":
-            return f"k={value:.0f}"
-        case "batch_size":
-            return f"batch {value}"
-        case "num_heads":
-            return f"{value} heads"
-        case "chunk":
-            return f"{value} queries" if value else "whole prompts"
-        case "seed":
-            return f"seed {value}"
-        case "asked_mode":
-            return "default mode" if value == AUTO_MODE else str(value)
-        case _:
-            return str(value)
+    return units.shorten(" ".join(t for axis in axes if (t := naming.axis_text(axis, row[axis]))))
 
 
 def _unique_slugs(made: Sequence[Panel]) -> list[Panel]:
@@ -243,14 +242,5 @@ def _unique_slugs(made: Sequence[Panel]) -> list[Panel]:
     for panel in made:
         seen[panel.slug] = seen.get(panel.slug, 0) + 1
         slug = panel.slug if seen[panel.slug] == 1 else f"{panel.slug}-{seen[panel.slug]}"
-        unique.append(
-            Panel(
-                rows=panel.rows,
-                phase=panel.phase,
-                fixed=panel.fixed,
-                lines=panel.lines,
-                title=panel.title,
-                slug=slug,
-            )
-        )
+        unique.append(replace(panel, slug=slug))
     return unique

@@ -8,14 +8,15 @@ from typing import Any
 import pandas as pd
 
 from dsa_bench import cost
+from dsa_bench.contest import DENSE, SPARSE
 from dsa_bench.preset import PRESETS
 from dsa_bench.reports import frame
 
 SHAPE = (
-    *("run", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads", "preset"),
-    "asked_mode",
+    *("run", "contest", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads"),
+    *("tensor_parallel", "inputs", "weights", "preset", "asked_mode"),
 )
-"""A dense case is the opponent of a DSA case if these agree; ratios count only within one run."""
+"""A dense case is the opponent of a sparse one if these agree; ratios count only within one run."""
 SUSTAINED = "sustained_"
 """Begins the name of a rate that the machine keeps up when it is hot."""
 
@@ -96,14 +97,14 @@ def _rate(amount: pd.Series, seconds: pd.Series) -> pd.Series:
 
 
 def _add_dense(table: pd.DataFrame) -> pd.DataFrame:
-    """Beside each DSA case: time, interval and name of the fastest `ok` dense case of its shape.
+    """Beside each sparse case: time, interval, name of the fastest `ok` dense case of its shape.
 
     What is suspect is no opponent, however fast; `suspect_dense` names the fastest such case if it
     would have been the opponent.
     """
     for name in ("seconds", "seconds_low", "seconds_high"):
         table[name] = pd.to_numeric(table[name])
-    dense = table[(table["op"] == "dense_attention") & table["seconds"].notna()]
+    dense = table[table["op"].isin(DENSE) & table["seconds"].notna()]
     is_trusted = frame.trusted(dense)
     columns = {
         "seconds": "dense_seconds",
@@ -123,7 +124,7 @@ def _add_dense(table: pd.DataFrame) -> pd.DataFrame:
         merged[name] = pd.to_numeric(merged[name])
     # False also where there is no suspect; a suspect without a rival would have been the opponent
     is_beaten = ~(merged["suspect_seconds"] < merged["dense_seconds"].fillna(math.inf))
-    is_other = merged["op"] != "dsa"
+    is_other = ~merged["op"].isin(SPARSE)
     merged["suspect_dense"] = merged["suspect_dense"].astype(object).mask(is_beaten | is_other)
     merged.loc[is_other, list(columns.values())] = None
     for name in ("dense_seconds", "dense_low", "dense_high"):
@@ -163,12 +164,15 @@ def _tokens(table: pd.DataFrame) -> pd.Series:
 
 def _usd(table: pd.DataFrame) -> pd.Series:
     values = [
-        cost.usd_per_million_tokens(per_token, num_layers=count, gpu_hour_usd=price)
-        if (count := layers(preset)) and pd.notna(per_token)
-        else None
-        for per_token, preset, price in zip(
-            table["seconds_per_token"], table["preset"], table["gpu_hour_usd"], strict=True
+        cost.usd_per_million_tokens(
+            row["seconds_per_token"],
+            num_layers=count,
+            gpu_hour_usd=row["gpu_hour_usd"],
+            num_gpus=row["tensor_parallel"],
         )
+        if (count := layers(row["preset"])) and pd.notna(row["seconds_per_token"])
+        else None
+        for row in frame.rows(table)
     ]
     return pd.Series(values, index=table.index, dtype="float64")
 
@@ -192,7 +196,8 @@ METRICS = (
         name="usd_per_million_tokens",
         unit="USD",
         better="lower",
-        formula="USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶ (attention only)",
+        formula="USD per GPU-hour ÷ 3600 · ranks · seconds per token · layers · 10⁶; attention or "
+        "attention layers only, communication left out",
         compute=_usd,
     ),
     Metric(
@@ -220,8 +225,8 @@ METRICS = (
         name="speedup",
         unit="×",  # noqa: RUF001
         better="higher",
-        formula="seconds of the fastest ok dense attention (same shape, mode and run) ÷ seconds; "
-        "no suspect time on either side",
+        formula="seconds of the fastest ok dense attention (of a layer: dense layer; same shape, "
+        "inputs, mode and run) ÷ seconds; no suspect time on either side",
         compute=lambda t: t["dense_seconds"] / _trusted_seconds(t),
     ),
     Metric(

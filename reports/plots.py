@@ -290,6 +290,6 @@ def _legend(axes: Axes) -> None:
     axes.legend(
         [handles[i] for i in order],
         [labels[i] for i in order],
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9,
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=7, frameon=False, fontsize=9,
         labelcolor=color("muted"), handlelength=1, borderaxespad=0.2, borderpad=0.2,
     )  # fmt: skip

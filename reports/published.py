@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,33 +29,59 @@ def is_comparable(panel: lines.Panel) -> bool:
     return bool(full and row["device"] == "cuda" and row["chunk"] > 0)
 
 
-def series(panel: lines.Panel, gpu_hour_usd: float) -> tuple[Series, ...]:
-    """DeepSeek's curves at the L of this panel, less their value at L = 0, at this price."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One published curve at the price of a run."""
+
+    model: str
+    attention: str
+    """`dense` or `dsa`."""
+    vertices: tuple[tuple[float, float], ...]
+    """(L, USD per million tokens), L ascends from 0."""
+
+
+def curves(phase: str, gpu_hour_usd: float) -> tuple[Curve, ...]:
+    """The curves of one phase, scaled to this price of a GPU."""
     data = _data()
     scale = gpu_hour_usd / data["gpu_hour_usd"]
+    return tuple(
+        Curve(
+            model=str(curve["model"]),
+            attention=str(curve["attention"]),
+            vertices=tuple((float(x), scale * float(y)) for x, y in curve["points"]),
+        )
+        for curve in data["curves"]
+        if curve["phase"] == phase
+    )
+
+
+def series(panel: lines.Panel, gpu_hour_usd: float) -> tuple[Series, ...]:
+    """DeepSeek's curves at the L of this panel, less their value at L = 0, at this price."""
     measured = sorted({float(n) for n in panel.rows["seq_len_kv"]})
     made = []
-    for curve in data["curves"]:
-        if curve["phase"] != panel.phase:
-            continue
-        vertices = [(float(x), float(y)) for x, y in curve["points"]]
-        end = vertices[-1][0]
+    for curve in curves(panel.phase, gpu_hour_usd):
+        (_, at_zero), (end, _) = curve.vertices[0], curve.vertices[-1]
         xs = sorted(
-            {x for x in measured if x <= end} | {x for x, _ in vertices if x >= measured[0]}
+            {x for x in measured if x <= end} | {x for x, _ in curve.vertices if x >= measured[0]}
         )
-        ys = [scale * (interpolate(vertices, x) - vertices[0][1]) for x in xs]
-        made.append(
-            Series(
-                label=f"DeepSeek {curve['model']} (published)",
-                role="published_dense" if curve["attention"] == "dense" else "published_sparse",
-                style="dotted",
-                shape="line",
-                points=tuple(
-                    Point(x=x, y=y, text=units.format_usd(y)) for x, y in zip(xs, ys, strict=True)
-                ),
-            )
-        )
+        points = [(x, interpolate(curve.vertices, x) - at_zero) for x in xs]
+        made.append(_dotted(curve, points))
     return tuple(one for one in made if one.points)
+
+
+def absolute(phase: str, gpu_hour_usd: float) -> tuple[Series, ...]:
+    """DeepSeek's curves as they were published, at this price."""
+    return tuple(_dotted(curve, curve.vertices) for curve in curves(phase, gpu_hour_usd))
+
+
+def _dotted(curve: Curve, points: Sequence[tuple[float, float]]) -> Series:
+    return Series(
+        label=f"DeepSeek {curve.model} (published)",
+        role="published_dense" if curve.attention == "dense" else "published_sparse",
+        style="dotted",
+        shape="line",
+        points=tuple(Point(x=x, y=y, text=units.format_usd(y)) for x, y in points),
+    )
 
 
 def interpolate(vertices: Sequence[tuple[float, float]], x: float) -> float:
@@ -67,11 +94,17 @@ def interpolate(vertices: Sequence[tuple[float, float]], x: float) -> float:
 
 def caption(gpu_hour_usd: float) -> str:
     """What the published curves are, where they come from and what was done to them."""
+    return source(
+        gpu_hour_usd, "; its cost at L = 0 is taken off, so that what grows with L remains"
+    )
+
+
+def source(gpu_hour_usd: float, done: str = "") -> str:
+    """What the dotted curves are and where they come from; `done` to them."""
     data = _data()
     price = f"${data['gpu_hour_usd']:g}"
     scaled = f", scaled from {price}" if gpu_hour_usd != data["gpu_hour_usd"] else ""
     return (
         f"Dotted: DeepSeek's service on {data['gpu']} at ${gpu_hour_usd:g} per GPU-hour{scaled}, "
-        "whole model; its cost at L = 0 is taken off, so that what grows with L remains. "
-        f"Source: {data['source']}."
+        f"whole model{done}. Source: {data['source']}."
     )

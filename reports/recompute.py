@@ -24,6 +24,12 @@ FIGURES = (
 )
 """Columns of the table of cases that are recomputed."""
 
+OPPONENTS = {
+    "dsa": "dense_attention",
+    "dsa_layer": "dense_layer",
+    "masked_layer": "dense_layer",
+}
+
 Row = dict[str, Any]
 
 
@@ -35,7 +41,7 @@ def figures(records: Sequence[Record], header: Mapping[str, Any]) -> dict[str, R
     rows = {key: _row(found, header) for key, found in by_case.items()}
     cases = {key: found[0].case for key, found in by_case.items()}
     for key, row in rows.items():
-        if cases[key].op == "dsa" and row["is_trusted"]:
+        if cases[key].op in OPPONENTS and row["is_trusted"]:
             row["speedup"] = _speedup(row, cases[key], cases, rows)
     return rows
 
@@ -90,7 +96,8 @@ def _timed(
         price = DEFAULT_GPU_HOUR_USD if price is None else price
         if case.preset in PRESETS:
             layers = PRESETS[case.preset].num_layers
-            made["usd_per_million_tokens"] = price * layers * made["seconds_per_token"] * 1e6 / 3600
+            paid = price * layers * case.tensor_parallel
+            made["usd_per_million_tokens"] = paid * made["seconds_per_token"] * 1e6 / 3600
     return made
 
 
@@ -99,11 +106,11 @@ def _per_second(amount: float | None, seconds: float) -> float | None:
 
 
 def _speedup(row: Row, case: Case, cases: Mapping[str, Case], rows: Mapping[str, Row]) -> Any:
-    """Time of the fastest trusted dense attention of the same shape ÷ that of this case."""
+    """Time of the fastest trusted dense opponent of the same shape ÷ that of this case."""
     rivals = [
         rows[key]["seconds"]
         for key, other in cases.items()
-        if other.op == "dense_attention"
+        if other.op == OPPONENTS[case.op]
         and rows[key]["is_trusted"]
         and _shape(other) == _shape(case)
     ]
@@ -112,7 +119,8 @@ def _speedup(row: Row, case: Case, cases: Mapping[str, Case], rows: Mapping[str,
 
 def _shape(case: Case) -> tuple[Any, ...]:
     lengths = (case.seq_len_kv, case.seq_len_q, case.batch_size, case.num_heads)
-    return (case.phase, *lengths, case.preset, case.mode)
+    ranks = (case.tensor_parallel, case.inputs, case.weights)
+    return (case.phase, *lengths, *ranks, case.preset, case.mode)
 
 
 def _floor(

@@ -14,9 +14,14 @@ TEXTS: dict[str, Callable[[float], str]] = {
     "speedup": units.format_ratio,
     "usd_per_million_tokens": units.format_usd,
     "dense_error": units.format_error,
+    "mass_kept": units.format_spread,
+    "recall": units.format_spread,
 }
 """How a value of a column reads."""
-UNTIMED = (*("dense_error", "peak_bytes", "input_bytes", "output_bytes"), "workspace_bytes")
+UNTIMED = (
+    *("dense_error", "mass_kept", "recall"),
+    *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes"),
+)
 """Columns that a doubt about the time does not touch."""
 
 

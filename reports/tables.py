@@ -13,10 +13,12 @@ from typing import Any
 import pandas as pd
 
 from dsa_bench import doubt
+from dsa_bench.contest import LAYER
 from dsa_bench.record import AUTO_MODE
-from dsa_bench.reports import frame, units
+from dsa_bench.reports import budget, estimate_view, frame, naming, units
 from dsa_bench.reports.digest import Digest, digest, flags_of
 from dsa_bench.reports.lines import PHASE_RANKS
+from dsa_bench.reports.sheet import Sheet
 
 MARKS = {"noisy": "⚑", "suspect": "✗", "invalid": "✗"}
 """Stands behind a time that is in doubt."""
@@ -61,18 +63,26 @@ def _plain(value: Any) -> str:
     return units.MISSING if units.is_missing(value) or value == "" else units.clean(str(value))
 
 
+def _impl(value: Any) -> str:
+    return _plain(value if units.is_missing(value) else naming.impl_text(str(value)))
+
+
 COLUMNS = (
     Column(name="run_label", title="machine", text=_plain, is_number=False, optional=True),
     Column(name="phase", title="phase", text=_plain, is_number=False),
     Column(name="preset", title="preset", text=_plain, is_number=False, optional=True),
     Column(name="op", title="operator", text=_plain, is_number=False),
-    Column(name="impl", title="implementation", text=_plain, is_number=False),
+    Column(name="impl", title="implementation", text=_impl, is_number=False),
     Column(name="precision", title="precision", text=_plain, is_number=False),
     Column(name="seq_len_kv", title="L", text=units.format_length, help="1K = 1024 tokens"),
     Column(name="topk", title="k", text=units.format_number, help="tokens selected"),
     Column(name="batch_size", title="batch", text=units.format_number, optional=True),
     Column(name="seq_len_q", title="queries", text=units.format_number, optional=True),
     Column(name="num_heads", title="heads", text=units.format_number, optional=True),
+    Column(name="tensor_parallel", title="tp", text=units.format_number, optional=True,
+           help="ranks that share the heads; the time is that of one"),
+    Column(name="inputs", title="inputs", text=_plain, is_number=False, optional=True),
+    Column(name="weights", title="weights", text=_plain, is_number=False, optional=True),
     Column(name="seed", title="seed", text=units.format_number, optional=True),
     Column(name="mode", title="mode", text=_plain, is_number=False, optional=True,
            help="how it was timed"),
@@ -83,7 +93,7 @@ COLUMNS = (
            help="fresh processes that timed it"),
     Column(name="speedup", title="speed-up", text=units.format_ratio, help="over fastest dense"),
     Column(name="usd_per_million_tokens", title="$/M tokens", text=units.format_usd,
-           help="attention only"),
+           help="attention, or attention layers, only"),
     Column(name="joules_per_token", title="energy/token", text=units.format_joules, optional=True,
            help="of the whole card, one layer"),
     Column(name="flops_per_second", title="FLOP rate", text=units.format_flops),
@@ -93,18 +103,24 @@ COLUMNS = (
     Column(name="peak_bytes", title="peak memory", text=units.format_bytes),
     Column(name="dense_error", title="error", text=units.format_error, optional=True,
            help="relative L2 distance from dense attention"),
+    Column(name="mass_kept", title="mass kept", text=units.format_spread, optional=True,
+           help="share of the dense attention on the selected tokens"),
+    Column(name="recall", title="recall", text=units.format_spread, optional=True,
+           help="share of the exact top-k that was selected"),
     Column(name="reason", title="reason", text=_plain, is_number=False, optional=True),
 )  # fmt: skip
 
 TERMINAL_COLUMNS = (
     *("run_label", "preset", "op", "impl", "precision", "seq_len_kv", "topk", "batch_size"),
-    *("num_heads", "mode", "status", "seconds", "spread", "speedup", "usd_per_million_tokens"),
-    *("joules_per_token", "flops_per_second", "bytes_per_second", "peak_bytes", "reason"),
+    *("num_heads", "tensor_parallel", "inputs", "mode", "status", "seconds", "spread", "speedup"),
+    *("usd_per_million_tokens", "joules_per_token", "flops_per_second", "bytes_per_second"),
+    *("peak_bytes", "reason"),
 )
 
 CSV_COLUMNS = (
     *("run_label", "started", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "topk"),
-    *("precision", "batch_size", "num_heads", "preset", "seed", "asked_mode", "status", "reason"),
+    *("precision", "batch_size", "num_heads", "tensor_parallel", "inputs", "weights"),
+    *("preset", "seed", "asked_mode", "status", "reason"),
     *(
         "flags",
         "doubt",
@@ -127,12 +143,14 @@ CSV_COLUMNS = (
     ),
     *("flops", "bytes_read", "bytes_written", "flops_per_second", "bytes_per_second"),
     *("floor_seconds", "floor_share", "peak_bytes", "input_bytes", "output_bytes"),
-    *("workspace_bytes", "predicted_bytes", "dense_error", "key", "reproduce"),
+    *("workspace_bytes", "predicted_bytes", "dense_error", "mass_kept", "recall"),
+    *("key", "reproduce"),
 )
 
 
 TELLING_IF_VARIED = (
     *("run_label", "preset", "batch_size", "seq_len_q", "num_heads", "seed", "mode", "replicates"),
+    *("tensor_parallel", "inputs"),
 )
 """Optional columns that say nothing where all rows have the same value."""
 
@@ -143,11 +161,14 @@ def terminal_rows(runs: Sequence[frame.Run]) -> tuple[Table, ...]:
 
 
 def phase_tables(report: Digest, names: Sequence[str]) -> tuple[Table, ...]:
-    """One table for each phase with these columns, without the optional ones that say nothing."""
+    """One table for each phase with these columns, without the optional ones that say nothing.
+
+    Layers have tables of their own.
+    """
     cases = sorted_cases(with_spread(report.cases))
-    return tuple(
-        _table(str(phase), rows, names) for phase, rows in cases.groupby("phase", sort=False)
-    )
+    is_layer = cases["contest"] == LAYER.name
+    groups = cases.groupby(["phase", is_layer.map({False: "", True: ", layer"})], sort=False)
+    return tuple(_table("".join(map(str, key)), rows, names) for key, rows in groups)
 
 
 def with_spread(cases: pd.DataFrame) -> pd.DataFrame:
@@ -164,14 +185,13 @@ def with_spread(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def sorted_cases(cases: pd.DataFrame) -> pd.DataFrame:
-    """By phase, L and batch; dense attention before DSA, then the fast before the slow."""
-    return cases.sort_values(
-        ["run", "phase", "seq_len_kv", "batch_size", "op", "topk", "seconds"],
-        kind="stable",
-        key=lambda values: (
-            values.map(PHASE_RANKS).fillna(len(PHASE_RANKS)) if values.name == "phase" else values
-        ),
+    """By phase, L and batch, layers last; dense before sparse, then the fast before the slow."""
+    ranked = cases.assign(
+        phase_rank=cases["phase"].map(PHASE_RANKS).fillna(len(PHASE_RANKS)),
+        is_layer=cases["contest"] == LAYER.name,
     )
+    order = ["run", "phase_rank", "is_layer", "seq_len_kv", "batch_size", "op", "topk", "seconds"]
+    return cases.loc[ranked.sort_values(order, kind="stable").index]
 
 
 def visible_columns(rows: pd.DataFrame, names: Sequence[str]) -> tuple[Column, ...]:
@@ -239,12 +259,20 @@ def markdown(report: Digest) -> str:
         parts.append(_markdown_table(table))
         # one paragraph, a line each
         parts += ["  \n".join(escape_markdown(note) for note in table.notes)] * bool(table.notes)
+    for sheet in sheets(report):
+        parts += [f"## {escape_markdown(sheet.title)}", _markdown_sheet(sheet)]
+        parts.append("  \n".join(escape_markdown(note) for note in sheet.notes))
     parts.append(
         "L: 1K = 1024 tokens. time: median of one call of one layer. ±: half the 95 % interval of "
         "the median. "
         "speed-up: over the fastest dense attention of the same shape and mode in the same run. "
         "$/M tokens: USD per GPU-hour ÷ 3600 · seconds per token · layers · 10⁶, attention only."
     )
+    if (report.cases["contest"] == LAYER.name).any():
+        parts.append(
+            "A layer goes from hidden state to output, and so does its cost. tp: the time is that "
+            "of one of so many ranks, the cost that of all of them, without communication."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -268,6 +296,17 @@ def _markdown_table(table: Table) -> str:
     rule = ["---:" if column.is_number else "---" for column in table.columns]
     body = [[escape_markdown(text) for text in row] for row in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+
+
+def sheets(report: Digest) -> list[Sheet]:
+    """The small tables of a report: budgets of layers, and the estimate for the whole model."""
+    return [*budget.sheets(report), *estimate_view.sheets(report)]
+
+
+def _markdown_sheet(sheet: Sheet) -> str:
+    rule = ["---"] * sheet.num_names + ["---:"] * (len(sheet.head) - sheet.num_names)
+    body = [[escape_markdown(text) for text in row] for row in (sheet.head, *sheet.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [body[0], rule, *body[1:]])
 
 
 def escape_markdown(text: str) -> str:

@@ -258,7 +258,66 @@ def topk_rows(kind: str) -> Mutation:
     return mutate
 
 
+def linear_uneven(inputs: Any) -> Any:
+    """Scales from 2^-20 to 2^12 in x and weight, rows of zeros, values at both ends of e4m3."""
+    if inputs.x_scale is None:
+        x = inputs.x.clone()
+        x[:, ::7] *= 1000
+        x[1::3] *= 1e-3
+        return dataclasses.replace(inputs, x=x)
+    weight, device = inputs.weight, inputs.x.device
+    x, w = inputs.x.float(), weight.values.float()
+    x[:, 5::11], x[:, 7::13], w[::9, 3::5], w[1::4, ::6] = 448, -448, -448, 448
+    x[3::4] = 0
+    powers = [
+        2.0 ** _ints(-8, 4, y.shape, device, 12).float() for y in (inputs.x_scale, weight.scale)
+    ]
+    powers[0][0] *= 2.0**8
+    powers[1][-1] *= 2.0**-12
+    e4m3 = inputs.x.dtype
+    return dataclasses.replace(
+        inputs, x=x.to(e4m3), x_scale=(inputs.x_scale * powers[0]).T.contiguous().T,
+        weight=type(weight)(w.to(e4m3), weight.scale * powers[1]),
+    )  # fmt: skip
+
+
+def linear_strided(inputs: Any) -> Any:
+    """Slices of wider tensors, NaN around them; scales of x row by row."""
+    scale, weight = inputs.x_scale, inputs.weight
+    values = _inside_wider(weight.values)
+    return dataclasses.replace(
+        inputs, x=_inside_wider(inputs.x), x_scale=None if scale is None else scale.contiguous(),
+        weight=type(weight)(values, weight.scale),
+    )  # fmt: skip
+
+
+def _inside_wider(x: Tensor) -> Tensor:
+    """The same rows from the 16th column on of longer ones; all bits around them are set (NaN)."""
+    wide = x.new_empty(x.shape[0] + 2, x.shape[1] + 48)
+    wide.view(torch.uint8).fill_(0xFF)
+    view = wide[: x.shape[0], 16 : 16 + x.shape[1]]
+    view.copy_(x)
+    return view
+
+
+def head_linear_strided(inputs: Any) -> Any:
+    """x and out in wider rows full of NaN, the weight turned round in memory."""
+    x, weight = inputs.x, inputs.weight
+    out = x.new_empty(*x.shape[:2], weight.shape[2]) if inputs.out is None else inputs.out
+    return dataclasses.replace(
+        inputs, x=_inside_larger(x, 1, 0, 64), weight=weight.mT.contiguous().mT,
+        out=_inside_larger(out, 0, 0, 64),
+    )  # fmt: skip
+
+
+def head_linear_shared(inputs: Any) -> Any:
+    """All heads read the rows of the first."""
+    return dataclasses.replace(inputs, x=inputs.x[:, :1].expand_as(inputs.x))
+
+
 MUTATIONS: dict[str, dict[str, Mutation]] = {
+    "head_linear": {"strided": head_linear_strided, "shared": head_linear_shared},
+    "linear": {"uneven": linear_uneven, "strided": linear_strided},
     "sparse_prefill": {"wild": sparse_prefill_wild, "strided": sparse_prefill_strided},
     "sparse_decode": {"wild": sparse_decode_wild},
     "indexer": {"ragged": indexer_ragged, "silent": indexer_silent},

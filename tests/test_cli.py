@@ -43,8 +43,9 @@ def call(
 ) -> Call:
     """Runs a command in an empty folder, with fake operators, workers and reports."""
     catalogue = registry.Catalogue(
-        operators={way: operator(way, "topk") for way in WAYS},
-        implementations={way: offer(reference=-1000, triton=1) for way in WAYS},
+        operators={way: operator(way, "topk") for way in WAYS}
+        | {"layer": operator("layer", "tensor_parallel", "inputs", "weights")},
+        implementations={way: offer(reference=-1000, triton=1) for way in (*WAYS, "layer")},
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "catalogue", lambda: catalogue)
@@ -221,6 +222,10 @@ def test_profile_asks_for_traces_of_a_few_cases(call: Call, tmp_path: Path) -> N
         (("run", "--op", "fien"), "unknown operator 'fien'; did you mean 'fine'?"),
         (("run", "--op", "fine", "-L", "4k:8k"), "-L must be sizes like 4k,8k or a range"),
         (("run", "--op", "fine", "--impl", "trition"), "implementation 'trition' is unknown; did"),
+        (("run", "--inputs", "nedle"), "--inputs 'nedle' is unknown; did you mean 'needle'?"),
+        (("run", "--inputs", "x.safetensors"), "--inputs: there is no file x.safetensors (give"),
+        (("check", "--weights", "x.safetensors:1"), "--weights: there is no file x.safetensors"),
+        (("profile", "--tp", "two"), "--tp must be sizes like 4k,8k or a range"),
         (("run", "--preset", "v3"), "--preset 'v3' is unknown; did you mean 'v3.2'?"),
         (("run", "--phase", "decoed"), "--phase 'decoed' is unknown; did you mean 'decode'?"),
         (("run", "smok"), "sweep 'smok' is unknown; did you mean 'smoke'?"),
@@ -320,6 +325,25 @@ def test_reproduce_is_read_as_the_same_case(call: Call) -> None:
     _, out, _ = call(*words, "--plan", "--json")
     (line,) = [json.loads(text) for text in out.splitlines()]
     assert Case.from_json(line["case"]) == dataclasses.replace(case)
+
+
+def test_ranks_inputs_and_weights_reach_the_plan(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").touch()
+    axes = ("--tp", "1,8", "--inputs", "local", "--weights", "w.safetensors:3")
+    words = ("run", "--op", "layer", *ONE[2:], *axes, "--plan")
+    lines = [json.loads(text) for text in call(*words, "--json")[1].splitlines()]
+    cases = [Case.from_json(line["case"]) for line in lines]
+    assert [(c.tensor_parallel, c.inputs, c.weights) for c in cases] == [
+        (1, "local", "w.safetensors:3"),
+        (8, "local", "w.safetensors:3"),
+    ]
+    assert "tp=8 inputs=local" in call(*words)[1]
+    assert "others" not in call("run", *ONE, "--plan")[1]
+    # a case that is reproduced is that case
+    for case in cases:
+        _, *again = shlex.split(sweep.reproduce(case, device="cpu"))
+        (line,) = call(*again, "--plan", "--json")[1].splitlines()
+        assert Case.from_json(json.loads(line)["case"]) == case
 
 
 def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:

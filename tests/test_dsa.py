@@ -32,10 +32,10 @@ def prefill_shape(seq_len_q=6, seq_len_kv=40, topk=8, precision="fp8", **fields)
     )  # fmt: skip
 
 
-def decode_shape(batch_size=3, seq_len_q=2, seq_len_kv=100, topk=8, precision="fp8"):
+def decode_shape(batch_size=3, seq_len_q=2, seq_len_kv=100, topk=8, precision="fp8", **fields):
     return DsaShape(
         phase="decode", seq_len_kv=seq_len_kv, seq_len_q=seq_len_q, topk=topk,
-        precision=precision, batch_size=batch_size, num_heads=2, preset=SMALL,
+        precision=precision, batch_size=batch_size, num_heads=2, preset=SMALL, **fields,
     )  # fmt: skip
 
 

@@ -15,11 +15,15 @@ LINKED = ("kernels", "baselines", "reports")
 EVERYWHERE = {"dsa_bench", "dsa_bench.accuracy", "dsa_bench.preset", "dsa_bench.expect"}
 PLAIN = {"dsa_bench.operator", "dsa_bench.record", "dsa_bench.cost", "dsa_bench.untrusted"}
 """What kernels and baselines may know of the suite."""
-REPORTS_MAY_IMPORT = EVERYWHERE | PLAIN | {"dsa_bench.doubt", "dsa_bench.stats", "dsa_bench.store"}
+REPORTS_MAY_IMPORT = (
+    EVERYWHERE | PLAIN | {f"dsa_bench.{name}" for name in ("contest", "doubt", "stats", "store")}
+)
 ONLY_IN_CLI = {"typer", "rich"}
 NEVER_IN_REPORTS = {"torch", "triton"}
 PROBES = {"dsa_bench.ceilings": {"dsa_bench.kernels.l2_read_triton"}}
 """Kernels that measure the machine and no operator, and who may launch them."""
+LIBRARY = {"dsa_bench.layers"}
+"""Puts layers and the registry's choice together for those who use the layers without the suite."""
 KERNEL_FOLDERS = ("dsa_bench.kernels.", "dsa_bench.baselines.")
 
 
@@ -109,11 +113,18 @@ def forbidden(module: str, names: set[str]) -> set[str]:
     if module.startswith("dsa_bench.cli"):
         return {name for name in ours if name.startswith(".")}
     stray = {name for name in ours if name.startswith((".", *KERNEL_FOLDERS))}
+    if module in LIBRARY:
+        stray -= of_kind("definition") | of_kind("subject")
     return stray - PROBES.get(module, set()) | (others & ONLY_IN_CLI)
 
 
 # a definition that fills two files: topk.py and, say, topk_inputs.py
 KINDS |= {name: "definition" for name in of_kind("subject") if own_definition(name)}
+# what puts operators together knows them: the layers
+KINDS |= {
+    f"dsa_bench.kernels.{name}": "definition"
+    for name in ("latent_attention", "layer", "layer_calls", "layer_gate", "layer_inputs")
+}
 
 
 def allowed_in_kernels(module: str) -> set[str]:

@@ -1,10 +1,12 @@
 """Layouts of the caches, byte by byte."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dsa_bench.kernels import paged_indexer, sparse_decode
 from dsa_bench.kernels.paging import (
     index_row_bytes,
     make_block_table,
@@ -12,6 +14,7 @@ from dsa_bench.kernels.paging import (
     mla_row_bytes,
     pack_index_pages,
     pack_mla_rows,
+    split_index_pages,
     unpack_index_pages,
     unpack_mla_rows,
 )
@@ -73,6 +76,50 @@ def test_mla_rows_survive_the_round_trip(precision, limit):
     assert torch.equal(unpack_mla_rows(pack_mla_rows(back, precision)), back)
 
 
+def test_fp32_caches_round_nothing():
+    g = torch.Generator().manual_seed(5)
+    kv, k = torch.randn(4, 3, 576, generator=g), torch.randn(4, 3, 128, generator=g)
+    rows, pages = pack_mla_rows(kv, "fp32"), pack_index_pages(k, "fp32")
+    assert (rows.dtype, pages.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(unpack_mla_rows(rows), kv)
+    values, scales = unpack_index_pages(pages, 3)
+    assert torch.equal(values, k) and (scales == 1).all()
+
+
+def test_split_index_pages_are_views():
+    """What is written to them lies in the cache: token 2's value 5 and scale of page 1."""
+    cache = torch.zeros(2, 3 * 132, dtype=torch.uint8)
+    values, scale = split_index_pages(cache, 3)
+    values[1, 2, 5], scale[1, 2] = 1.0, 8.0
+    page = cache[1].tolist()
+    assert page[2 * 128 + 5] == ONE
+    assert bytes(page[384 + 8 : 384 + 12]) == struct.pack("<f", 8.0)
+    assert cache.count_nonzero() == 2 and not cache[0].any()
+
+
+def test_sparse_decode_and_paged_indexer_refer_to_fp32_caches():
+    """Of values that bf16 holds the results are those of a bf16 cache; of others they differ."""
+    shape = sparse_decode.SparseDecodeShape(
+        batch_size=2, seq_len_kv=50, topk=9, num_heads=4, page_size=7, precision="bf16"
+    )
+    inputs = sparse_decode.make_inputs(shape, seed=0, device="cpu")
+    same = replace(inputs, kv_cache=inputs.kv_cache.float())
+    finer = replace(inputs, kv_cache=inputs.kv_cache.float() * 1.001)
+    bf16, fp32, other = (sparse_decode.reference(x) for x in (inputs, same, finer))
+    assert torch.equal(bf16.out, fp32.out) and torch.equal(bf16.lse, fp32.lse)
+    assert (other.out != fp32.out).all()
+    shape = paged_indexer.PagedIndexerShape(
+        batch_size=2, seq_len_kv=20, seq_len_q=2, index_heads=8, page_size=7, precision="bf16"
+    )
+    inputs = paged_indexer.make_inputs(shape, seed=0, device="cpu")
+    same = replace(inputs, index_q=inputs.index_q.float(), index_cache=inputs.index_cache.float())
+    finer = replace(same, index_cache=same.index_cache * 1.001)
+    bf16, fp32, other = (paged_indexer.reference(x).index_logits for x in (inputs, same, finer))
+    assert torch.equal(bf16, fp32)
+    seen = fp32.isfinite()
+    assert torch.allclose(other[seen], fp32[seen] * 1.001, rtol=1e-4, atol=1e-5)
+
+
 def test_scales_of_the_mla_cache_are_powers_of_two():
     kv = torch.randn(64, 576, generator=torch.Generator().manual_seed(2)) * 37
     scales = pack_mla_rows(kv, "fp8")[:, 512:528].contiguous().view(torch.float32)
@@ -91,8 +138,8 @@ def test_index_pages_survive_the_round_trip(precision):
 
 
 def test_bytes_a_token():
-    assert [mla_row_bytes(p) for p in ("fp8", "bf16")] == [656, 1152]
-    assert [index_row_bytes(p) for p in ("fp8", "bf16")] == [132, 256]
+    assert [mla_row_bytes(p) for p in ("fp8", "bf16", "fp32")] == [656, 1152, 2304]
+    assert [index_row_bytes(p) for p in ("fp8", "bf16", "fp32")] == [132, 256, 512]
     # one sequence of 128K tokens through 61 layers
     gib = 61 * (mla_row_bytes("fp8") + index_row_bytes("fp8")) * 131072 / 2**30
     assert gib == pytest.approx(5.87, abs=0.01)

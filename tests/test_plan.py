@@ -174,7 +174,7 @@ def test_planned_survives_json(planned: Plan) -> None:
         assert Planned.from_json(item.to_json()) == item
 
 
-@pytest.mark.parametrize("name", ["v3.2", "prefill", "decode"])
+@pytest.mark.parametrize("name", ["v3.2", "prefill", "decode", "accuracy"])
 def test_gpu_sweeps_skip_nothing_on_an_h100(name: str) -> None:
     items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
     assert {item.reason for item in items} == {""}

@@ -46,9 +46,9 @@ def test_a_run_gives_every_figure_it_has_data_for() -> None:
         "error-prefill",
         "error-decode",
     ]
-    assert {maker.name for maker in MAKERS} - {name.split("-")[0] for name in names} == {
-        "operators"
-    }
+    # a run of the attention alone has nothing on layers, and these records have no recall
+    missing = {maker.name for maker in MAKERS} - {name.split("-")[0] for name in names}
+    assert missing == {"operators", "budget", "estimate", "mass", "recall"}
 
 
 def test_speedup_figure_holds_the_crossovers() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dsa_bench import sweep
 from dsa_bench.operator import Cost, Memory, Operator, UsageError
 from dsa_bench.record import Case
-from dsa_bench.sweep import Axes, Layer, Sweep, format_size, parse_size, parse_sizes
+from dsa_bench.sizes import format_size, parse_size, parse_sizes
+from dsa_bench.sweep import Axes, Layer, Sweep
 
 SIZES = st.integers(min_value=1, max_value=2**30)
 
@@ -35,6 +36,7 @@ def operator(name: str, *axes: str, phases: tuple[str, ...] = ("prefill", "decod
 
 
 DSA = operator("dsa", "topk", "precision", "batch_size", "num_heads")
+LAYER = operator("layer", "tensor_parallel", "inputs", "weights", "num_heads")
 DENSE = operator("dense_attention", "batch_size", "num_heads")
 INDEXER = operator("indexer", phases=("prefill",))
 
@@ -129,6 +131,13 @@ def test_layers_later_win_and_phase_tables_stand_over_their_file() -> None:
         ({"topk": [1.5]}, "a.toml: topk must be sizes like"),
         ({"topk": []}, "a.toml: topk must be sizes like"),
         ({"seq_len_kv": "4k:8k"}, r"a.toml: seq_len_kv must be .*, got '4k:8k' \('4k:8k' needs"),
+        ({"tensor_parallel": "a"}, "a.toml: tensor_parallel must be sizes like"),
+        ({"precision": "fp32"}, "a.toml: precision 'fp32' is unknown; known: bf16, fp8"),
+        ({"inputs": "neddle"}, "a.toml: inputs 'neddle' is unknown; did you mean 'needle'?"),
+        ({"inputs": "no.safetensors"}, "a.toml: inputs: there is no file no.safetensors"),
+        ({"weights": "no.safetensors:3"}, "a.toml: weights: there is no file no.safetensors "),
+        ({"weights": "w.bin"}, "a.toml: weights must name a .safetensors file, got 'w.bin'"),
+        ({"weights": ["a"]}, "a.toml: weights must be FILE or FILE:LAYER, got"),
         ({"precision": "fp16"}, "a.toml: precision 'fp16' is unknown; did you mean 'bf16'?"),
         ({"phase": "prefil"}, "a.toml: phase 'prefil' is unknown; did you mean 'prefill'?"),
         ({"preset": "llama"}, "a.toml: preset 'llama' is unknown; known: v3.2, v3.2-cpu"),
@@ -188,6 +197,48 @@ def test_cases_take_the_presets_heads_and_one_sequence_in_prefill() -> None:
         ("decode", 2, 1, 16),
         ("decode", 4, 1, 16),
     ]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my file.safetensors").touch()
+    return "my file.safetensors"
+
+
+def test_cases_have_ranks_inputs_and_weights_where_the_operator_has(file: str) -> None:
+    wanted = make(
+        op="layer,dsa", phase="prefill", seq_len_kv="4k", tensor_parallel="1,8",
+        inputs=f"random,{file}", weights=f"{file}:3",
+    )  # fmt: skip
+    found = sweep.cases(wanted, {"layer": LAYER, "dsa": DSA})
+    assert [(c.op, c.tensor_parallel, c.inputs, c.weights) for c in found] == [
+        ("layer", 1, "random", "my file.safetensors:3"),
+        ("layer", 1, "my file.safetensors", "my file.safetensors:3"),
+        ("layer", 8, "random", "my file.safetensors:3"),
+        ("layer", 8, "my file.safetensors", "my file.safetensors:3"),
+        ("dsa", 1, "random", ""),
+    ]
+
+
+def test_ranks_divide_the_heads() -> None:
+    plain = make(op="dsa", phase="prefill", seq_len_kv="4k", tensor_parallel="3")
+    assert [case.tensor_parallel for case in sweep.cases(plain, {"dsa": DSA})] == [1]
+    wanted = dataclasses.replace(plain, ops=("layer", "dsa"))
+    with pytest.raises(UsageError, match=r"^--tp must divide the 128 heads, got 3$"):
+        sweep.cases(wanted, {"layer": LAYER, "dsa": DSA})
+
+
+def test_reproduce_names_later_axes_where_they_are_not_at_their_default(file: str) -> None:
+    plain = Case(op="layer", impl="triton", phase="prefill", seq_len_kv=4096, seq_len_q=4096)
+    words = shlex.split(sweep.reproduce(plain, device="cpu"))
+    assert not {"--mode", "--tp", "--inputs", "--weights"} & set(words)
+    case = dataclasses.replace(
+        plain, tensor_parallel=8, inputs=file, weights=f"{file}:3", mode="warm"
+    )
+    words = shlex.split(sweep.reproduce(case, device="cpu"))
+    later = {"--mode": "warm", "--tp": "8", "--inputs": file, "--weights": f"{file}:3"}
+    assert {flag: words[words.index(flag) + 1] for flag in later} == later
 
 
 def test_cases_leave_out_phases_an_operator_lacks() -> None:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -22,6 +23,7 @@ from dsa_bench.cli.options import (
     Effort,
     Heads,
     Impl,
+    Inputs,
     Lengths,
     Mode,
     NoProgress,
@@ -34,8 +36,10 @@ from dsa_bench.cli.options import (
     Seed,
     SeqLenQ,
     SweepName,
+    TensorParallel,
     Timeout,
     Topk,
+    Weights,
 )
 from dsa_bench.cli.verify import verify
 from dsa_bench.operator import UsageError
@@ -87,6 +91,9 @@ def run(
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
+    tensor_parallel: TensorParallel = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
     preset: PresetName = None,
     seed: Seed = None,
     mode: Mode = None,
@@ -140,6 +147,9 @@ def profile(
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
+    tensor_parallel: TensorParallel = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
     preset: PresetName = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -174,6 +184,9 @@ def check(
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
+    tensor_parallel: TensorParallel = None,
+    inputs: Inputs = None,
+    weights: Weights = None,
     preset: PresetName = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -205,12 +218,29 @@ def report(
     ] = None,
     md: Annotated[Path | None, typer.Option("--md", metavar="FILE", help="Markdown.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="CSV.")] = None,
-) -> Exit:
+    rest_usd: Annotated[
+        str | None,
+        typer.Option("--rest-usd", metavar="PHASE=USD,...", show_default=False,
+                     help="What is no attention layer, per million tokens: prefill=0.03"),
+    ] = None,
+    link_gbps: Annotated[
+        float | None,
+        typer.Option("--link-gbps", metavar="GB/S", min=1.0, show_default=False,
+                     help="Bandwidth of a GPU's links, for --tp (450)"),
+    ] = None,
+) -> Exit:  # fmt: skip
     """Show finished runs, or write HTML, figures, Markdown, CSV."""
     from dsa_bench import job
     from dsa_bench.cli import terminal
 
     read = job.read_finished(runs)
+    if rest_usd is not None or link_gbps is not None:
+        from dsa_bench.reports.estimate import assume
+
+        read = [
+            replace(run, header=assume(run.header, rest_usd=rest_usd, link_gbps=link_gbps))
+            for run in read
+        ]
     asked = zip(job.REPORTS, (html, png, md, csv), strict=True)
     wanted = {form: path for form, path in asked if path is not None}
     for form, path in wanted.items():

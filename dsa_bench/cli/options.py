@@ -37,6 +37,16 @@ SeqLenQ = Annotated[
     str | None, _text("--seq-len-q", metavar="SIZES", help="Queries of a chunk, of a sequence.")
 ]
 Heads = Annotated[str | None, _text("--heads", metavar="SIZES", help="Query heads: 128,64")]
+TensorParallel = Annotated[
+    str | None, _text("--tp", metavar="SIZES", help="Ranks that share the heads: 1,8")
+]
+Inputs = Annotated[
+    str | None,
+    _text("--inputs", metavar="LIST", help="random,needle,local,heavy or a .safetensors file"),
+]
+Weights = Annotated[
+    str | None, _text("--weights", metavar="FILE[:LAYER]", help="Weights of a layer (.safetensors)")
+]
 PresetName = Annotated[
     str | None, _text("--preset", metavar="NAME", help="Model sizes: v3.2 or v3.2-cpu")
 ]
