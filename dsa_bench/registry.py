@@ -260,8 +260,10 @@ def _available(op_name: str, shapes: tuple[Any, ...], machine: Machine) -> list[
 
 
 def _first(stage: str, shapes: tuple[Any, ...], machine: Machine) -> str:
-    """The best for these calls; a stage without a call is anybody's."""
-    return _available(stage, shapes, machine)[0] if shapes else REFERENCE
+    """The best for these calls; a stage without a call is named as one with a call would be."""
+    if not shapes and machine.device == "cpu":
+        return REFERENCE
+    return _available(stage, shapes, machine)[0]
 
 
 def choose(op_name: str, case: Case, preset: Preset, machine: Machine) -> str | dict[str, str]:

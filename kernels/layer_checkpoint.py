@@ -5,7 +5,8 @@
                       indexer. wq_b  wk  k_norm (weight and bias)  weights_proj
 
 Each with `.weight`; a matrix in e4m3 has `.weight_scale_inv` beside it, fp32, one number for each
-128 x 128 block, with which its values are *multiplied*.
+128 x 128 block, with which its values are *multiplied*. `kv_b_proj` holds, for each head, 128 rows
+W_UK and then 128 rows W_UV. A layer's attention is found by what stands before `q_a_proj.weight`.
 
 Source: DeepSeek-V3.2-Exp, model.safetensors.index.json and inference/convert.py.
 """
@@ -14,19 +15,26 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsa_bench.kernels.layer_weights import LayerWeights, Matrix, join, quantize_blocks
+from dsa_bench.kernels.layer_weights import BLOCK, LayerWeights, Matrix, join, quantize_blocks
 from dsa_bench.kernels.paging import HEAD_DIM_QK, HEAD_DIM_V, INDEX_DIM
 from dsa_bench.operator import UsageError
 from dsa_bench.preset import Preset
 
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
 MARK = "self_attn."
+FIRST = "q_a_proj.weight"
 SCALE_SUFFIX = "_scale_inv"
+E4M3 = torch.float8_e4m3fn
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 """Of everything that is no matrix in e4m3."""
+STORED = (torch.bfloat16, torch.float16, torch.float32, E4M3)
 
 
 def published_shapes(preset: Preset, num_heads: int) -> dict[str, tuple[int, ...]]:
@@ -63,25 +71,26 @@ def load_weights(
 
     Args:
         layer: its number; may be None where there is only one.
-        precision: fp8 keeps matrices in e4m3 (others are quantised in blocks), bf16 and fp32
-            dequantise them.
+        precision: fp8 keeps matrices that are in e4m3, with their scales, and quantises others in
+            blocks; bf16 and fp32 dequantise them.
         rank: of `num_ranks` that share the heads equally; the indexer is whole on each.
     Raises:
-        UsageError: a tensor is missing or has another shape than the preset says.
+        UsageError: a file, the layer or a tensor is missing, or a tensor has another shape than
+            the preset says.
     """
     if preset.num_heads % num_ranks:
         raise UsageError(f"{preset.num_heads} heads do not divide among {num_ranks} ranks")
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be 0 … {num_ranks - 1}, got {rank}")
     files = _files_of_names(Path(path))
     prefix = _prefix(files, layer, path)
     read = _reader(files, prefix, device, path)
-    tensors = {
-        name: _expect_shape(name, read(name), shape, path)
-        for name, shape in published_shapes(preset, preset.num_heads).items()
-    }
+    shapes = published_shapes(preset, preset.num_heads)
+    tensors = {name: read(name, shape) for name, shape in shapes.items()}
     scales = {
-        name: read(name + SCALE_SUFFIX)
+        name: read(name + SCALE_SUFFIX, tuple(-(-size // BLOCK) for size in shapes[name])).float()
         for name, tensor in tensors.items()
-        if tensor.dtype == torch.float8_e4m3fn
+        if tensor.dtype == E4M3
     }
     return from_published(
         tensors, scales, preset, precision=precision, rank=rank, num_ranks=num_ranks
@@ -90,59 +99,81 @@ def load_weights(
 
 def _files_of_names(path: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
-    from safetensors import safe_open
-
-    if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        if not index.is_file():
-            raise UsageError(f"{path} has no model.safetensors.index.json; name a file instead")
+    if not path.is_dir():
+        with _opened(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    index = path / "model.safetensors.index.json"
+    try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: path / file for name, file in names.items()}
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} has no model.safetensors.index.json; name a .safetensors file in it"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{index} has no weight_map; download it again") from None
+    return {name: path / file for name, file in names.items()}
+
+
+def _opened(path: Path, device: torch.device | str = "cpu") -> "safe_open":
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
-        raise UsageError(f"weights {path} do not exist; name a .safetensors file or its folder")
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
+        raise UsageError(f"there is no file {path}; name a .safetensors file or its folder")
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise UsageError(f"{path} cannot be read as safetensors ({error}); get it again") from None
 
 
 def _prefix(files: Mapping[str, Path], layer: int | None, path: str | Path) -> str:
     """What stands before `q_a_proj.weight` in the names of the layer."""
-    found = {
-        name.removesuffix("q_a_proj.weight") for name in files if name.endswith("q_a_proj.weight")
+    numbers = {
+        name.removesuffix(FIRST): _layer_number(name) for name in files if name.endswith(FIRST)
     }
-    if layer is not None and len(found) != 1:
-        found = {name for name in found if re.search(rf"layers\.{layer}\.{re.escape(MARK)}$", name)}
-    if len(found) == 1:
-        return found.pop()
-    if not found:
-        wanted = "" if layer is None else f" of layer {layer}"
-        raise UsageError(f"{path} holds no attention weights{wanted} (…{MARK}q_a_proj.weight)")
-    raise UsageError(f"{path} holds {len(found)} layers; say which, as in {path}:0")
+    # names without a number are those of one layer, whichever is asked for
+    fits = [prefix for prefix, n in numbers.items() if layer is None or n in (layer, None)]
+    if len(fits) == 1:
+        return fits[0]
+    known = sorted(n for n in numbers.values() if n is not None)
+    if not numbers:
+        raise UsageError(f"{path} holds no attention weights (…{FIRST}); name another file")
+    held = f"{path} holds layer {', '.join(map(str, known))}"
+    if not fits:
+        raise UsageError(f"{held}, not {layer}; say one of them or name another file")
+    raise UsageError(f"{held}; say which, as in {path}:{known[0] if known else 0}")
+
+
+def _layer_number(name: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def _reader(
     files: Mapping[str, Path], prefix: str, device: torch.device | str, path: str | Path
-) -> Callable[[str], Tensor]:
-    from safetensors import safe_open
+) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """(name behind the prefix, shape) -> the tensor, on the device."""
 
-    def read(name: str) -> Tensor:
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
         full = prefix + name
         if full not in files:
-            raise UsageError(f"{path} lacks the tensor {full}")
-        with safe_open(files[full], framework="pt", device=str(device)) as file:
+            raise UsageError(f"{path} lacks the tensor {full}; name the folder of the whole model")
+        with _opened(files[full], device) as file:
+            if full not in file.keys():  # noqa: SIM118 - the file is no mapping
+                raise UsageError(f"{files[full]} lacks {full}, which the index says; get it again")
             tensor: Tensor = file.get_tensor(full)
+        if tuple(tensor.shape) != shape:
+            raise UsageError(
+                f"{full} of {path} must be {list(shape)} for this preset,"
+                f" got {list(tensor.shape)}; use the preset of this model"
+            )
+        if tensor.dtype not in STORED:
+            raise UsageError(
+                f"{full} of {path} must be bf16, fp16, fp32 or e4m3, got {tensor.dtype};"
+                " use the published checkpoint"
+            )
         return tensor
 
     return read
-
-
-def _expect_shape(
-    name: str, tensor: Tensor, shape: tuple[int, ...], path: str | Path
-) -> Tensor:
-    if tuple(tensor.shape) != shape:
-        raise UsageError(
-            f"{name} of {path} must be {list(shape)} for this preset, got {list(tensor.shape)}"
-        )
-    return tensor
 
 
 def from_published(
@@ -155,55 +186,64 @@ def from_published(
     num_ranks: int = 1,
 ) -> LayerWeights:
     """Tensors by the name behind `self_attn.`, and scales of those in e4m3."""
+    if precision not in DTYPES:
+        raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {precision!r}")
     heads = preset.num_heads // num_ranks
-    first = rank * heads
-    dtype = DTYPES[precision]
+    if precision == "fp8" and heads * preset.head_dim_qk_mha % BLOCK:
+        raise UsageError(f"fp8 needs an even number of heads on each rank, got {heads}")
 
-    def exact(name: str) -> Tensor:
-        return Matrix(tensors[name], scales.get(name)).dequantize(torch.float32)
+    def matrix(name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Matrix:
+        return _cut(Matrix(tensors[name], scales.get(name)), precision, rows, columns)
 
-    def matrix(name: str, part: slice = slice(None), *, columns: bool = False) -> Matrix:
-        values = exact(name)
-        values = values[:, part] if columns else values[part]
-        if precision == "fp8":
-            return quantize_blocks(values)
-        return Matrix(values.to(dtype).contiguous())
+    def of_heads(width: int) -> slice:
+        return slice(rank * heads * width, (rank + 1) * heads * width)
 
-    def head_rows(width: int) -> slice:
-        return slice(first * width, (first + heads) * width)
-
-    nope = preset.head_dim_nope
-    kv_b = exact("kv_b_proj.weight")[head_rows(nope + preset.head_dim_v_mha)]
-    kv_b = kv_b.unflatten(0, (heads, -1)).to(dtype)
+    dtype, nope, value = DTYPES[precision], preset.head_dim_nope, preset.head_dim_v_mha
+    kv_b = Matrix(tensors["kv_b_proj.weight"], scales.get("kv_b_proj.weight"))
+    kv_b_heads = kv_b.dequantize(torch.float32)[of_heads(nope + value)].unflatten(0, (heads, -1))
+    down = ("q_a_proj.weight", "indexer.wk.weight", "kv_a_proj_with_mqa.weight")
+    queries = matrix("q_b_proj.weight", of_heads(preset.head_dim_qk_mha))
     return LayerWeights(
         preset=preset,
         num_heads=heads,
-        down=join(
-            [
-                matrix("q_a_proj.weight"),
-                matrix("indexer.wk.weight"),
-                matrix("kv_a_proj_with_mqa.weight"),
-            ]
-        ),
+        down=join([matrix(name) for name in down]),
         q_norm=tensors["q_a_layernorm.weight"].to(dtype),
         kv_norm=tensors["kv_a_layernorm.weight"].to(dtype),
-        up=join(
-            [
-                matrix("q_b_proj.weight", head_rows(preset.head_dim_qk_mha)),
-                matrix("indexer.wq_b.weight"),
-            ]
-        ),
-        w_uk=kv_b[:, :nope].contiguous(),
-        w_uv=kv_b[:, nope:].contiguous(),
-        out=matrix("o_proj.weight", head_rows(preset.head_dim_v_mha), columns=True),
+        up=join([queries, matrix("indexer.wq_b.weight")]),
+        w_uk=kv_b_heads[:, :nope].to(dtype).contiguous(),
+        w_uv=kv_b_heads[:, nope:].to(dtype).contiguous(),
+        out=matrix("o_proj.weight", columns=of_heads(value)),
         index_k_norm_weight=tensors["indexer.k_norm.weight"].float(),
         index_k_norm_bias=tensors["indexer.k_norm.bias"].float(),
         index_head_weights=tensors["indexer.weights_proj.weight"].to(dtype),
     )
 
 
+def _cut(stored: Matrix, precision: str, rows: slice, columns: slice) -> Matrix:
+    """Part of a stored matrix in this precision; in e4m3 with its own scales where they can stay."""
+    if precision == "fp8" and stored.scale is not None and _is_whole_blocks(rows, columns):
+        scale = stored.scale[_blocks(rows), _blocks(columns)].contiguous()
+        return Matrix(stored.values[rows, columns].contiguous(), scale)
+    values = stored.dequantize(torch.float32)[rows, columns]
+    if precision == "fp8":
+        return quantize_blocks(values)
+    return Matrix(values.to(DTYPES[precision]).contiguous())
+
+
+def _is_whole_blocks(*parts: slice) -> bool:
+    """Whether parts of a matrix in e4m3 can keep its scales."""
+    return all(not (part.start or 0) % BLOCK and not (part.stop or 0) % BLOCK for part in parts)
+
+
+def _blocks(part: slice) -> slice:
+    """Of whole blocks: those of the scale."""
+    return part if part.stop is None else slice(part.start // BLOCK, part.stop // BLOCK)
+
+
 def published_tensors(weights: LayerWeights) -> dict[str, Tensor]:
     """The tensors of a sparse layer by the name behind `self_attn.`, scales included."""
+    if weights.index_head_weights is None:
+        raise ValueError("the published names are those of a sparse layer (save it with its index)")
     preset, rank = weights.preset, weights.preset.q_lora_rank
     split = weights.num_heads * preset.head_dim_qk_mha
     down, up = weights.down, weights.up

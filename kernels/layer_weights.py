@@ -4,14 +4,14 @@ Products that share their input are one matrix, rows in this order:
     down  W_DQ | W^I_K | W_DKV      [q_lora_rank + 128 + 576, hidden_size]
     up    W_UQ | W^I_UQ             [num_heads · 192 + index_heads · 128, q_lora_rank]
     out   W_O                       [hidden_size, num_heads · 128]
-A dense layer has neither W^I_K nor W^I_UQ. Each part begins at a multiple of 128 rows, so parts of a
-matrix in e4m3 keep the scales of their 128 x 128 blocks.
+A dense layer has neither W^I_K nor W^I_UQ. Each part begins at a multiple of 128 rows, so parts of
+a matrix in e4m3 keep the scales of their 128 x 128 blocks.
 
 Made-up weights let indexer and main attention look for the same keys, as training does. A hidden
-state holds a content vector z (as a key) and y (as a query) of 64 components, h = E z + F y + c · b
+state holds a content vector z (as a key) and y (as a query) of 64 components, h = E z + F y + 8 b
 with orthonormal E, F, b. The latent is P Eᵀ h and the index key Eᵀ h, both z; the query latent is
-R Fᵀ h and both kinds of queries take y out of it again. The heads of the indexer get positive weights
-from b.
+R Fᵀ h and both kinds of queries take y out of it again. The heads of the indexer get positive
+weights from b.
 """
 
 import dataclasses
@@ -31,8 +31,13 @@ CONTENT_WIDTH = 64
 BIAS = 8.0
 """Share of b in a hidden state: as long as the content."""
 SMALL = 0.02
+"""Noise of a hidden state in each component, and length of a weight's row of noise."""
 HEAD_NOISE = 0.5
+"""What a head takes out of the query besides its content, against that."""
 LOGIT_SPREAD = 4.0
+"""Standard deviation of a head's attention logits over keys of random content."""
+HIDDEN_CHUNK = 8192
+"""Tokens whose noise is drawn at once: 235 MB in fp32."""
 AMAX_FLOOR = 1e-4
 
 
@@ -150,6 +155,10 @@ class LayerWeights:
                 made[name] = part.to(dtype)
         return dataclasses.replace(self, **made)
 
+    def to_device(self, device: torch.device | str) -> "LayerWeights":
+        """Every tensor on this device, in its dtype."""
+        return self.map(lambda tensor: tensor.to(device))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name: `down.values`, `q_norm`, …"""
         found = {}
@@ -197,16 +206,22 @@ def embedding(preset: Preset, seed: int, device: torch.device | str) -> Embeddin
     return Embedding(q[:, :CONTENT_WIDTH], q[:, CONTENT_WIDTH:-1], q[:, -1])
 
 
-def make_hidden(
-    z: Tensor, y: Tensor, preset: Preset, *, seed: int, noise_seed: int
-) -> Tensor:
-    """Hidden states [tokens, hidden_size] bf16 of rms about 1 from content [tokens, 64]."""
+def make_hidden(z: Tensor, y: Tensor, preset: Preset, *, seed: int, noise_seed: int) -> Tensor:
+    """Hidden states [..., hidden_size] bf16 of rms about 1 from content z, y [..., 64].
+
+    `seed` is that of the weights, which take z and y out again.
+    """
     axes = embedding(preset, seed, z.device)
     g = torch.Generator(device=z.device).manual_seed(noise_seed)
-    h = z @ axes.key.T + y @ axes.query.T + BIAS * axes.bias
-    h += SMALL * torch.randn(h.shape, generator=g, device=h.device)
+    content = torch.cat([z, y], -1).float().flatten(0, -2)
+    places = torch.cat([axes.key, axes.query], 1).T
     length = (2 * CONTENT_WIDTH + BIAS**2 + SMALL**2 * preset.hidden_size) ** 0.5
-    return (h * (preset.hidden_size**0.5 / length)).bfloat16()
+    made = torch.empty(len(content), preset.hidden_size, dtype=torch.bfloat16, device=z.device)
+    for rows, out in zip(content.split(HIDDEN_CHUNK), made.split(HIDDEN_CHUNK), strict=True):
+        h = torch.randn(out.shape, generator=g, device=z.device).mul_(SMALL)
+        h.addmm_(rows, places).add_(axes.bias, alpha=BIAS)
+        out.copy_(h.mul_(preset.hidden_size**0.5 / length))
+    return made.unflatten(0, z.shape[:-1])
 
 
 def make_weights(
@@ -222,63 +237,105 @@ def make_weights(
     `precision` fp8: the three large matrices in e4m3 with block scales; bf16; or fp32.
     """
     heads = preset.num_heads if num_heads is None else num_heads
+    hidden, value_dim = preset.hidden_size, preset.head_dim_v_mha
     axes = embedding(preset, seed, device)
-    g = torch.Generator(device=device).manual_seed(seed + 1)
-
-    def randn(*dims: int) -> Tensor:
-        return torch.randn(*dims, generator=g, device=device)
-
-    def noise(rows: int, columns: int, size: float = SMALL) -> Tensor:
-        return randn(rows, columns) * (size * columns**-0.5)
-
-    hidden, rank, content = preset.hidden_size, preset.q_lora_rank, CONTENT_WIDTH
-    latent_axes = torch.linalg.qr(randn(HEAD_DIM_V, content)).Q
-    query_axes = torch.linalg.qr(randn(rank, content)).Q
-    down = torch.cat(
-        [
-            query_axes @ axes.query.T + noise(rank, hidden),
-            noise(INDEX_DIM - content, hidden),
-            axes.key.T + noise(content, hidden),
-            latent_axes @ axes.key.T + noise(HEAD_DIM_V, hidden),
-            noise(HEAD_DIM_QK - HEAD_DIM_V, hidden),
-        ]
-    )
-    # c^Q and c^KV have rms 1, so along each of 64 content axes they are this much y and z
-    query_gain, key_gain = (rank / content) ** 0.5, (HEAD_DIM_V / content) ** 0.5
-    spread = preset.sm_scale * query_gain * key_gain * content**0.5 * (1 + HEAD_NOISE**2) ** 0.5
-    # a row of a head takes out its component with noise of its own
-    query = query_axes.T * (1.0 / query_gain)
-    main = torch.zeros(heads, preset.head_dim_qk_mha, rank, device=device)
-    main[:, :content] = query_axes.T + HEAD_NOISE * randn(heads, content, content) @ query_axes.T / (
-        content**0.5
-    )
-    main *= LOGIT_SPREAD / spread
-    main[:, content:] = SMALL * rank**-0.5 * randn(heads, main.shape[1] - content, rank)
-    index = torch.zeros(preset.index_heads, INDEX_DIM, rank, device=device)
-    mixed = HEAD_NOISE * randn(preset.index_heads, content, content) @ query / content**0.5
-    index[:, INDEX_DIM - content :] = query + mixed
-    rope_rows = INDEX_DIM - content
-    index[:, :rope_rows] = SMALL * rank**-0.5 * randn(preset.index_heads, rope_rows, rank)
-    w_uk = SMALL * HEAD_DIM_V**-0.5 * randn(heads, preset.head_dim_nope, HEAD_DIM_V)
-    w_uk[:, :content] += latent_axes.T
-    positive = torch.rand(preset.index_heads, 1, generator=g, device=device) + 0.5
+    draw = _Draw(torch.Generator(device=device).manual_seed(seed + 1))
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
 
     def matrix(values: Tensor) -> Matrix:
         return quantize_blocks(values) if precision == "fp8" else Matrix(values.to(dtype))
 
-    joined = heads * preset.head_dim_v_mha
+    latent_axes = draw.axes(HEAD_DIM_V)
+    query_axes = draw.axes(preset.q_lora_rank)
+    down = _make_down(preset, axes, latent_axes, query_axes, draw)
+    up = _make_up(preset, heads, query_axes, draw)
+    w_uk = _make_key_heads(preset, heads, latent_axes, draw)
+    shares = draw.uniform(preset.index_heads, 1) + 0.5
     return LayerWeights(
         preset=preset,
         num_heads=heads,
         down=matrix(down),
-        q_norm=torch.ones(rank, dtype=dtype, device=device),
+        q_norm=torch.ones(preset.q_lora_rank, dtype=dtype, device=device),
         kv_norm=torch.ones(HEAD_DIM_V, dtype=dtype, device=device),
-        up=matrix(torch.cat([main.flatten(0, 1), index.flatten(0, 1)])),
+        up=matrix(up),
         w_uk=w_uk.to(dtype),
-        w_uv=(randn(heads, preset.head_dim_v_mha, HEAD_DIM_V) * HEAD_DIM_V**-0.5).to(dtype),
-        out=matrix(randn(hidden, joined) * joined**-0.5),
+        w_uv=draw.rows(heads, value_dim, HEAD_DIM_V).to(dtype),
+        out=matrix(draw.rows(hidden, heads * value_dim)),
         index_k_norm_weight=torch.ones(INDEX_DIM, device=device),
         index_k_norm_bias=torch.zeros(INDEX_DIM, device=device),
-        index_head_weights=(positive * axes.bias + noise(preset.index_heads, hidden)).to(dtype),
+        index_head_weights=(
+            # b is in every hidden state: weights around 0.5 … 1.5 times what there is of it
+            shares * axes.bias + draw.rows(preset.index_heads, hidden, length=SMALL)
+        ).to(dtype),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """Random tensors, fp32, one after the other from one generator."""
+
+    generator: torch.Generator
+
+    def normal(self, *dims: int) -> Tensor:
+        return torch.randn(*dims, generator=self.generator, device=self.generator.device)
+
+    def uniform(self, *dims: int) -> Tensor:
+        return torch.rand(*dims, generator=self.generator, device=self.generator.device)
+
+    def rows(self, *dims: int, length: float = 1.0) -> Tensor:
+        """Rows of about this length."""
+        return self.normal(*dims) * (length * dims[-1] ** -0.5)
+
+    def axes(self, rows: int) -> Tensor:
+        """[rows, 64] with orthonormal columns."""
+        return torch.linalg.qr(self.normal(rows, CONTENT_WIDTH)).Q
+
+
+def _make_down(
+    preset: Preset, axes: Embedding, latent_axes: Tensor, query_axes: Tensor, draw: _Draw
+) -> Tensor:
+    """y to the query latent, z to the last 64 of an index key and to the latent."""
+    hidden, content = preset.hidden_size, CONTENT_WIDTH
+    return torch.cat(
+        [
+            query_axes @ axes.query.T + draw.rows(preset.q_lora_rank, hidden, length=SMALL),
+            draw.rows(INDEX_DIM - content, hidden, length=SMALL),
+            axes.key.T + draw.rows(content, hidden, length=SMALL),
+            latent_axes @ axes.key.T + draw.rows(HEAD_DIM_V, hidden, length=SMALL),
+            draw.rows(HEAD_DIM_QK - HEAD_DIM_V, hidden, length=SMALL),
+        ]
+    )
+
+
+def _make_up(preset: Preset, heads: int, query_axes: Tensor, draw: _Draw) -> Tensor:
+    """y from the query latent to each head of the attention and of the indexer.
+
+    The norms give c^Q and c^KV rms 1, so that along each of their 64 axes y and z come out
+    √(rank / 64) and √(512 / 64) times as large; a sum of 64 products has the spread below.
+    """
+    rank, content = preset.q_lora_rank, CONTENT_WIDTH
+    query_gain, key_gain = (rank / content) ** 0.5, (HEAD_DIM_V / content) ** 0.5
+    of_heads = (content * (1 + HEAD_NOISE**2)) ** 0.5
+    spread = preset.sm_scale * query_gain * key_gain * of_heads
+
+    main = torch.empty(heads, preset.head_dim_qk_mha, rank, device=query_axes.device)
+    main[:, :content] = _take_out(query_axes, heads, draw) * (LOGIT_SPREAD / spread)
+    main[:, content:] = draw.rows(heads, main.shape[1] - content, rank, length=SMALL)
+    index = torch.empty(preset.index_heads, INDEX_DIM, rank, device=query_axes.device)
+    rope_rows = INDEX_DIM - content
+    index[:, rope_rows:] = _take_out(query_axes, preset.index_heads, draw) / query_gain
+    index[:, :rope_rows] = draw.rows(preset.index_heads, rope_rows, rank, length=SMALL)
+    return torch.cat([main.flatten(0, 1), index.flatten(0, 1)])
+
+
+def _take_out(query_axes: Tensor, heads: int, draw: _Draw) -> Tensor:
+    """[heads, 64, q_lora_rank]: Rᵀ, mixed with noise of each head's own."""
+    mixed = draw.rows(heads, CONTENT_WIDTH, CONTENT_WIDTH, length=HEAD_NOISE) @ query_axes.T
+    return query_axes.T + mixed
+
+
+def _make_key_heads(preset: Preset, heads: int, latent_axes: Tensor, draw: _Draw) -> Tensor:
+    """[heads, 128, 512]: z from the latent to the first 64 of each head's key."""
+    w_uk = draw.rows(heads, preset.head_dim_nope, HEAD_DIM_V, length=SMALL)
+    w_uk[:, :CONTENT_WIDTH] += latent_axes.T
+    return w_uk

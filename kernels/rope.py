@@ -1,13 +1,14 @@
-"""Rotary position embedding with YaRN, in the two layouts of DeepSeek-V3.2, and the Hadamard matrix.
+"""Rotary embedding with YaRN in the two layouts of DeepSeek-V3.2, and the Hadamard matrix.
 
     f_i = theta^(-2i/64)                  i = 0 … 31
     ramp_i = clamp((i - low) / (high - low), 0, 1)
     f'_i = f_i · (1 - ramp_i) + f_i / factor · ramp_i
     low, high = ⌊ ⌋ and ⌈ ⌉ of 64 · ln(original_len / (beta · 2π)) / (2 ln theta), beta = 32 and 1
 
-Position t turns pair i by the angle t · f'_i. Which two columns are pair i is where the two branches
-differ: (2i, 2i + 1) in the main attention (interleaved), (i, i + 32) in the indexer (half-split). One
-table serves both. YaRN is on at every position, and changes no length: cos and sin are not scaled.
+Position t turns pair i by the angle t · f'_i. Which two columns are pair i is where the two
+branches differ: (2i, 2i + 1) in the main attention (interleaved), (i, i + 32) in the indexer
+(half-split). One table serves both. YaRN is on at every position, and changes no length: cos and
+sin are not scaled.
 
 Angles are fp32 products of fp32 numbers, as in the published inference code: what a model was
 trained with, though at position 10^5 the fastest pair is then off by up to 4e-3.
@@ -32,7 +33,9 @@ def frequencies(preset: Preset) -> Tensor:
     high = math.ceil(_correction(preset.rope_beta_slow, preset))
     index = torch.arange(width // 2, dtype=torch.float32)
     ramp = ((index - max(low, 0)) / (min(high, width - 1) - max(low, 0))).clamp(0, 1)
-    return plain * (1 - ramp) + plain / preset.rope_factor * ramp
+    # 1 - ramp, and 1 minus that: fp32 rounds as in the published code, to the last bit
+    kept = 1 - ramp
+    return plain / preset.rope_factor * (1 - kept) + plain * kept
 
 
 def _correction(beta: float, preset: Preset) -> float:
@@ -49,7 +52,7 @@ def rope_table(preset: Preset, num_positions: int, device: torch.device | str) -
 
 
 def rotate_interleaved(x: Tensor, rows: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of x [..., 64] by rows of the table, broadcast to x; fp32 inside."""
+    """Turn pairs (2i, 2i + 1) of x [..., 64] by rows of the table, broadcast to x; fp32 inside."""
     cos, sin = rows.chunk(2, dim=-1)
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -57,7 +60,7 @@ def rotate_interleaved(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def rotate_half_split(x: Tensor, rows: Tensor) -> Tensor:
-    """Turn the pairs (i, i + 32) of x [..., 64] by rows of the table, broadcast to x; fp32 inside."""
+    """Turn pairs (i, i + 32) of x [..., 64] by rows of the table, broadcast to x; fp32 inside."""
     cos, sin = rows.chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     turned = [first * cos - second * sin, first * sin + second * cos]
@@ -66,6 +69,8 @@ def rotate_half_split(x: Tensor, rows: Tensor) -> Tensor:
 
 def hadamard(size: int, device: torch.device | str) -> Tensor:
     """[size, size] fp32: the Sylvester-Hadamard matrix in natural order times size^-1/2."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"size must be a power of two, got {size}")
     matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -153,7 +153,7 @@ def hadamard(n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Nearest of e4m3's numbers, ties to even: 3 bits behind the leading one, smallest step 2^-9."""
+    """Nearest number of e4m3, ties to even: 3 bits behind the leading one, smallest step 2^-9."""
     x = x.clamp(-E4M3_MAX, E4M3_MAX)
     exponent = torch.frexp(x).exponent - 1  # of the leading one
     step = torch.ldexp(torch.ones_like(x), exponent.clamp(min=-6) - 3)

@@ -64,9 +64,9 @@ class Setting:
         return replace(made, kv_cache=made.kv_cache.float(), index_cache=made.index_cache.float())
 
 
-@functools.lru_cache(maxsize=1)
-def make_weights(preset, precision, num_ranks, device):
-    """Of the first of so many ranks."""
+@functools.cache
+def random_tensors(preset):
+    """Under the names behind `self_attn.`, on the CPU."""
     sizes = PRESETS[preset]
     named = independent_layer.random_weights(
         hidden_size=sizes.hidden_size,
@@ -74,8 +74,14 @@ def make_weights(preset, precision, num_ranks, device):
         num_heads=sizes.num_heads,
         index_heads=sizes.index_heads,
     )
-    tensors = {name.removeprefix("self_attn."): x.to(device) for name, x in named.items()}
-    return from_published(tensors, {}, sizes, precision=precision, num_ranks=num_ranks)
+    return {name.removeprefix("self_attn."): x for name, x in named.items()}
+
+
+@functools.cache
+def make_weights(preset, precision, num_ranks, device):
+    """Of the first of so many ranks."""
+    tensors = {name: x.to(device) for name, x in random_tensors(preset).items()}
+    return from_published(tensors, {}, PRESETS[preset], precision=precision, num_ranks=num_ranks)
 
 
 def wide(weights):

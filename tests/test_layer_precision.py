@@ -1,9 +1,9 @@
 """The layer in bf16 and in fp8: rounded where it should be, nowhere else, and no more than that.
 
-`exact` rounds nothing, `plain` is the second implementation with a rounding at every place where the
-layer's results are stored; it sums in another order, so a value at the border of two roundings may
-fall to either side. What the layer may differ from `plain` is therefore a part of `rounding`, the
-distance of plain from exact.
+`exact` rounds nothing, `plain` is the second implementation with a rounding at every place where
+results of the layer are stored; it sums in another order, so a value at the border of two roundings
+may fall to either side. What the layer may differ from `plain` is therefore a part of `rounding`,
+the distance of plain from exact.
 """
 
 import functools
