@@ -131,10 +131,18 @@ class DenseLatentAttention(LatentAttention):
             raise ValueError("dense decode takes sequences of one length; decode them one by one")
         return self.decode_tokens(self.batch(hidden, cache, seq_lens), cache)
 
-    def forward(self, hidden: Tensor, cache: LayerCache, **place: object) -> LayerOutputs:
-        """`prefill` for hidden states of one sequence, `decode` for [batch_size, seq_len_q, …]."""
-        step = self.prefill if hidden.dim() == 2 else self.decode
-        return step(hidden, cache, **place)  # type: ignore[operator]
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: LayerCache,
+        *,
+        start: int = 0,
+        seq_lens: Tensor | None = None,
+    ) -> LayerOutputs:
+        """`decode` where `seq_lens` is given, else `prefill` of the first sequence."""
+        if seq_lens is None:
+            return self.prefill(hidden, cache, start=start)
+        return self.decode(hidden, cache, seq_lens)
 
     def prefill_tokens(
         self, tokens: Tokens, cache: LayerCache, head_keys: HeadKeys, first: int

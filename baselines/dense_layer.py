@@ -56,9 +56,7 @@ class DenseLayerInputs:
     """Prefill: those of the tokens before the chunk, with room for its own."""
 
 
-def make_inputs(
-    shape: LayerShape, *, seed: int, device: torch.device | str
-) -> DenseLayerInputs:
+def make_inputs(shape: LayerShape, *, seed: int, device: torch.device | str) -> DenseLayerInputs:
     """The inputs of the sparse layer, the latents contiguous, the indexer left away."""
     cache = dense_cache(shape.batch_size, shape.seq_len_kv, "bf16", device)
     made = layer_inputs.make_inputs(shape, seed=seed, device=device, cache=cache)

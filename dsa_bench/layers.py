@@ -1,10 +1,10 @@
 """The whole layers as a library: loaded from a checkpoint, computed by what is fastest here.
 
-    from dsa_bench.layers import load_layer, tune
+from dsa_bench.layers import load_layer, tune
 
-    layer = load_layer("model-00001-of-000163.safetensors", layer=0, precision="fp8")
-    tune(layer)                                     # where the masked form stops paying
-    outputs = layer.prefill(hidden, cache)
+layer = load_layer("model-00001-of-000163.safetensors", layer=0, precision="fp8")
+tune(layer)                                     # where the masked form stops paying
+outputs = layer.prefill(hidden, cache)
 """
 
 from collections.abc import Sequence
@@ -92,8 +92,8 @@ def tune(
 ) -> dict[int, tuple[float, float]]:
     """Time both forms on this machine, and let the layer switch where the sparse one is faster.
 
-    The last `chunk` tokens of a prompt of each length are timed. `mha_up_to` becomes the last length
-    at which the masked form, winning at all shorter ones, wins; lengths after it are not tried.
+    The last `chunk` tokens of a prompt of each length are timed. `mha_up_to` becomes the last
+    length at which the masked form, winning at all shorter ones, wins; no later ones are tried.
 
     Returns:
         length -> (seconds of the masked form, seconds of the sparse form).

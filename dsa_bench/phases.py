@@ -322,7 +322,7 @@ class Job:
 
 
 def _blank_stages(resolved: registry.Resolved) -> list[StageTime]:
-    """Name, implementation and cost of each stage that is called; the seconds come from the trace."""
+    """Name, implementation and cost of each stage with a call; the seconds come from the trace."""
     stages = []
     for name, part in resolved.parts.items():
         operator, calls = registry.operator(name), resolved.stage_shapes[name]

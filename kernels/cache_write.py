@@ -100,8 +100,8 @@ class CacheWriteInputs:
     kv: Tensor
     kv_norm: Tensor
     index_k: Tensor | None
-    index_norm_weight: Tensor
-    index_norm_bias: Tensor
+    index_norm_weight: Tensor | None
+    index_norm_bias: Tensor | None
     eps: float
     positions: Tensor
     rope_table: Tensor
@@ -198,12 +198,13 @@ def new_rows(inputs: CacheWriteInputs) -> NewRows:
 
 
 def _index_keys(inputs: CacheWriteInputs, angles: Tensor) -> Tensor | None:
-    if inputs.index_k is None:
+    weight, bias = inputs.index_norm_weight, inputs.index_norm_bias
+    if inputs.index_k is None or weight is None or bias is None:
         return None
     x = inputs.index_k.float()
     x = x - x.mean(-1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + inputs.eps)
-    y = (x * inputs.index_norm_weight + inputs.index_norm_bias).to(inputs.index_k.dtype)
+    y = (x * weight + bias).to(inputs.index_k.dtype)
     first, second = y.split((HEAD_DIM_ROPE, INDEX_DIM - HEAD_DIM_ROPE), dim=-1)
     rotated = torch.cat([rotate_half_split(first, angles), second], dim=-1)
     return (rotated.float() @ hadamard(INDEX_DIM, y.device)).to(y.dtype)

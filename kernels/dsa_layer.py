@@ -75,9 +75,7 @@ def shape_of(case: Case, preset: Preset) -> LayerShape:
     )
 
 
-def run_layer(
-    inputs: LayerInputs, stages: Mapping[str, Implementation], form: str
-) -> LayerOutputs:
+def run_layer(inputs: LayerInputs, stages: Mapping[str, Implementation], form: str) -> LayerOutputs:
     layer = DeepSeekSparseAttention(
         inputs.weights,
         topk=inputs.topk,

@@ -58,7 +58,9 @@ class IndexQueryOutputs(NamedTuple):
     index_weights: Tensor
 
 
-def make_inputs(shape: IndexQueryShape, *, seed: int, device: torch.device | str) -> IndexQueryInputs:
+def make_inputs(
+    shape: IndexQueryShape, *, seed: int, device: torch.device | str
+) -> IndexQueryInputs:
     """Gaussian queries of different sizes at random positions; the rows of a wider tensor."""
     g = torch.Generator(device=device).manual_seed(seed)
     dims = (shape.num_rows, shape.index_heads)
@@ -99,16 +101,14 @@ def weighted(outputs: IndexQueryOutputs) -> Tensor:
 def check(
     inputs: IndexQueryInputs, outputs: IndexQueryOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Products of query and weight against fp32, under the budget of plain bf16; signs of weights."""
+    """Query times weight against fp32, under the budget of plain bf16; the signs of weights."""
     exact = replace(inputs, x=inputs.x.float())
     if rows is not None:
         outputs = IndexQueryOutputs(*(x[rows] for x in outputs))
     expected, plain = (reference(x, rows=rows) for x in (exact, inputs))
     flipped = (outputs.index_weights.sign() != expected.index_weights.sign()).sum().item()
     return (
-        compare_to_budget(
-            "index_q_budget", weighted(outputs), weighted(expected), weighted(plain)
-        ),
+        compare_to_budget("index_q_budget", weighted(outputs), weighted(expected), weighted(plain)),
         Check(
             name="weight_signs",
             passed=flipped == 0,

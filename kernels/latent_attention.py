@@ -29,8 +29,8 @@ from dsa_bench.kernels import (
     cache_write,
     head_linear,
     linear,
-    query_rope,
     quantize,
+    query_rope,
     rms_norm,
     sparse_prefill,
 )
@@ -97,6 +97,8 @@ class LatentAttention(nn.Module):
         stages: operator -> implementation of each that the layer calls.
         rope: the table of rotations, if there is one already (`rope.rope_table`).
     """
+
+    rope_table: Tensor
 
     def __init__(
         self,
@@ -169,7 +171,9 @@ class LatentAttention(nn.Module):
         latents = self.call("rms_norm", inputs)
         return self.product(latents.out, latents.scale, weights.up, dtype)
 
-    def write(self, down: Tensor, index_k: Tensor | None, tokens: Tokens, cache: LayerCache) -> None:
+    def write(
+        self, down: Tensor, index_k: Tensor | None, tokens: Tokens, cache: LayerCache
+    ) -> None:
         """Latents, rotated keys and index keys of the tokens into their slots."""
         kv = down[:, -HEAD_DIM_QK:]
         weights = self.weights
@@ -194,7 +198,7 @@ class LatentAttention(nn.Module):
     def heads(self, up: Tensor) -> Tensor:
         """[tokens, num_heads, 192] of the product with W_UQ."""
         width = self.preset.head_dim_qk_mha
-        return up[:, : self.num_heads * width].unflatten(1, (self.num_heads, width))
+        return up[:, : self.num_heads * width].view(up.shape[0], self.num_heads, width)
 
     def latent_queries(self, up: Tensor, positions: Tensor) -> Tensor:
         """MQA form: Q = [q^C · W_UK | RoPE(q^R)], [tokens, num_heads, 576]."""
@@ -248,7 +252,8 @@ class LatentAttention(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves the weights too; their precision is chosen when they are made."""
         self.weights = self.weights.map(lambda tensor: _moved(fn, tensor))
-        return super()._apply(lambda tensor: _moved(fn, tensor), recurse)
+        super()._apply(lambda tensor: _moved(fn, tensor), recurse)
+        return self
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

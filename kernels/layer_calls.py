@@ -57,9 +57,7 @@ def glue_calls(shape: LayerShape, *, with_index: bool) -> Calls:
     widths = product_widths(shape, with_index=with_index)
     is_fp8 = shape.precision == "fp8"
     products = [
-        linear.LinearShape(
-            num_rows=rows, in_features=n, out_features=m, precision=shape.precision
-        )
+        linear.LinearShape(num_rows=rows, in_features=n, out_features=m, precision=shape.precision)
         for n, m in widths
     ]
     if with_index:

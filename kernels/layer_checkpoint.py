@@ -220,7 +220,7 @@ def from_published(
 
 
 def _cut(stored: Matrix, precision: str, rows: slice, columns: slice) -> Matrix:
-    """Part of a stored matrix in this precision; in e4m3 with its own scales where they can stay."""
+    """Part of a stored matrix; in e4m3 with its own scales where the part is whole blocks."""
     if precision == "fp8" and stored.scale is not None and _is_whole_blocks(rows, columns):
         scale = stored.scale[_blocks(rows), _blocks(columns)].contiguous()
         return Matrix(stored.values[rows, columns].contiguous(), scale)

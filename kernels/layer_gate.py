@@ -71,9 +71,7 @@ def index_logits(inputs: LayerInputs, rows: Tensor | None) -> Tensor:
     layer = plain_layer(inputs)
     if is_prefill(inputs):
         up, tokens, keys = layer.prepare_prefill(inputs.tokens, inputs.cache, rows)
-        return indexer.reference(
-            layer.indexer_inputs(up, keys, tokens, inputs.cache)
-        ).index_logits
+        return indexer.reference(layer.indexer_inputs(up, keys, tokens, inputs.cache)).index_logits
     inputs = inputs if rows is None else inputs.select(rows)
     prepared = layer.prepare_decode(inputs.tokens, inputs.cache)
     return paged_indexer.reference(prepared.indexer_inputs()).index_logits.flatten(0, 1)
@@ -97,9 +95,7 @@ def check(
     )
 
 
-def check_selection(
-    wide: LayerInputs, inputs: LayerInputs, chosen: Tensor, rows: Tensor
-) -> Check:
+def check_selection(wide: LayerInputs, inputs: LayerInputs, chosen: Tensor, rows: Tensor) -> Check:
     """No key is missing or too many by more than twice what plain bf16 errs in its score."""
     exact, plain = index_logits(wide, rows), index_logits(inputs, rows)
     seen = exact > float("-inf")

@@ -40,8 +40,8 @@ CONTEXT_CHUNK = 65536
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
-    """Prefill: a chunk of seq_len_q tokens that ends at seq_len_kv; decode: the last seq_len_q tokens
-    of batch_size sequences of seq_len_kv.
+    """Prefill: a chunk of seq_len_q tokens that ends at seq_len_kv; decode: the last seq_len_q
+    tokens of batch_size sequences of seq_len_kv.
     """
 
     phase: str
@@ -113,9 +113,7 @@ class LayerInputs:
         return replace(self, tokens=replace(part, block_table=tokens.block_table[rows]))
 
 
-def make_layer_weights(
-    shape: LayerShape, *, seed: int, device: torch.device | str
-) -> LayerWeights:
+def make_layer_weights(shape: LayerShape, *, seed: int, device: torch.device | str) -> LayerWeights:
     """Of the first rank: from the file that the case names, or made up."""
     if shape.weights:
         path, layer = split_weights(shape.weights)
@@ -153,9 +151,7 @@ def make_inputs(
         write_context(context, sequence, weights, rope, cache)
         hidden.append(new)
     tokens = place_tokens(torch.cat(hidden), shape, cache)
-    return LayerInputs(
-        weights, rope, tokens, cache, shape.topk, shape.workspace_bytes, shape.phase
-    )
+    return LayerInputs(weights, rope, tokens, cache, shape.topk, shape.workspace_bytes, shape.phase)
 
 
 Context = Iterator[Tensor]
@@ -217,7 +213,7 @@ def permuted_cache(shape: LayerShape, g: torch.Generator) -> LayerCache:
     cache = LayerCache.allocate(
         shape.preset, shape.batch_size, shape.seq_len_kv, shape.precision, g.device
     )
-    table = make_block_table(*cache.block_table.shape, g)
+    table = make_block_table(shape.batch_size, cache.block_table.shape[1], g)
     return replace(cache, block_table=table)
 
 

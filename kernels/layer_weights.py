@@ -17,7 +17,7 @@ weights from b.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,9 +141,8 @@ class LayerWeights:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LayerWeights":
         """The same weights with every tensor changed; values of a matrix and its scale each."""
-        return dataclasses.replace(
-            self, **{name: _map(change, getattr(self, name)) for name in TENSORS}
-        )
+        made: dict[str, Any] = {name: _map(change, getattr(self, name)) for name in TENSORS}
+        return dataclasses.replace(self, **made)
 
     def to(self, dtype: torch.dtype) -> "LayerWeights":
         """Every matrix in this dtype, dequantised; norms and biases of the indexer stay fp32."""
@@ -161,7 +160,7 @@ class LayerWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name: `down.values`, `q_norm`, …"""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in TENSORS:
             part = getattr(self, name)
             if isinstance(part, Matrix):
@@ -221,7 +220,7 @@ def make_hidden(z: Tensor, y: Tensor, preset: Preset, *, seed: int, noise_seed: 
         h = torch.randn(out.shape, generator=g, device=z.device).mul_(SMALL)
         h.addmm_(rows, places).add_(axes.bias, alpha=BIAS)
         out.copy_(h.mul_(preset.hidden_size**0.5 / length))
-    return made.unflatten(0, z.shape[:-1])
+    return made.view(*z.shape[:-1], preset.hidden_size)
 
 
 def make_weights(
@@ -284,11 +283,12 @@ class _Draw:
 
     def rows(self, *dims: int, length: float = 1.0) -> Tensor:
         """Rows of about this length."""
-        return self.normal(*dims) * (length * dims[-1] ** -0.5)
+        return self.normal(*dims).mul_(length * dims[-1] ** -0.5)
 
     def axes(self, rows: int) -> Tensor:
         """[rows, 64] with orthonormal columns."""
-        return torch.linalg.qr(self.normal(rows, CONTENT_WIDTH)).Q
+        q: Tensor = torch.linalg.qr(self.normal(rows, CONTENT_WIDTH)).Q
+        return q
 
 
 def _make_down(

@@ -1,4 +1,4 @@
-"""Activations to e4m3, with a scale for each 128 columns of a row: what a block-scaled product takes.
+"""Activations to e4m3, with a scale for each 128 columns of a row, as block-scaled products take.
 
     scale[t, g] = 2^ceil(log2(max(amax of the group, 1e-4) / 448))
     values[t, i] = e4m3(x[t, i] / scale[t, i // 128])
@@ -97,9 +97,7 @@ def _none(name: str, wrong: Tensor) -> Check:
 
 def cost(shape: QuantizeShape) -> Cost:
     elements = shape.num_rows * shape.width
-    return Cost(
-        flops=0.0, bytes_read=2.0 * elements, bytes_written=elements * (1.0 + 4.0 / GROUP)
-    )
+    return Cost(flops=0.0, bytes_read=2.0 * elements, bytes_written=elements * (1.0 + 4.0 / GROUP))
 
 
 def memory(shape: QuantizeShape) -> Memory:

@@ -61,9 +61,7 @@ def query_rope(
 
 
 def run(inputs: QueryRopeInputs) -> QueryRopeOutputs:
-    return QueryRopeOutputs(
-        query_rope(inputs.x, inputs.positions, inputs.rope_table, inputs.out)
-    )
+    return QueryRopeOutputs(query_rope(inputs.x, inputs.positions, inputs.rope_table, inputs.out))
 
 
 def supports(shape: QueryRopeShape, machine: Machine) -> str | None:

@@ -78,7 +78,7 @@ def widen(outputs: RmsNormOutputs) -> Tensor:
 def check(
     inputs: RmsNormInputs, outputs: RmsNormOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Against fp32, under the budget of plain bf16; quantised both are, and compared dequantised."""
+    """Against fp32, under the budget of plain bf16; what is quantised is compared dequantised."""
     exact = replace(inputs, x=inputs.x.float())
     if rows is not None:
         scale = None if outputs.scale is None else outputs.scale[rows]

@@ -59,7 +59,7 @@ def rms_norm(
     expect_same_device(x=x, weight=weight)
     if width > MAX_WIDTH or (quantized and width % GROUP):
         raise ValueError(
-            f"width must be at most {MAX_WIDTH}, and a multiple of {GROUP} if quantised, got {width}"
+            f"width must be at most {MAX_WIDTH}, if quantised a multiple of {GROUP}, got {width}"
         )
     dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
     out = torch.empty(num_rows, width, dtype=dtype, device=x.device)

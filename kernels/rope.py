@@ -74,4 +74,5 @@ def hadamard(size: int, device: torch.device | str) -> Tensor:
     matrix = torch.ones(1, 1, device=device)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix * size**-0.5
+    scaled: Tensor = matrix * size**-0.5
+    return scaled

@@ -202,7 +202,8 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
     async_copy.wait_group(0)
 
 
-@gluon.jit
+# a 1 would be specialised to a constant, which KeyList refuses
+@gluon.jit(do_not_specialize=["num_slots", "topk"])
 def _sparse_decode_kernel(
     q_ptr, cache_ptr, halves_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     num_slots, num_heads, topk, qk_scale_log2, stride_q_row, stride_q_head, stride_slots_row,
@@ -389,7 +390,7 @@ def compile_cases() -> list[CompileCase]:
             "halves_ptr": "*bf16:16",
             "slots_ptr": int32, "lens_ptr": int32, "sink_ptr": fp32,
             "out_ptr": fp32 if is_split else "*bf16:16", "lse_ptr": fp32,
-            "num_slots": "i32", "num_heads": size, "topk": size, "qk_scale_log2": "fp32",
+            "num_slots": "i32", "num_heads": size, "topk": "i32", "qk_scale_log2": "fp32",
             "stride_q_row": size, "stride_q_head": size, "stride_slots_row": size,
         }  # fmt: skip
         constexprs = dict.fromkeys(("IS_RAGGED", "HEADS_MASKED"), flags or is_fp8)

@@ -40,7 +40,8 @@ PAIR = 128
 HEAD_DIM_QK, HEAD_DIM_V = 576, 512
 
 
-@gluon.jit
+# a 1 would be specialised to a constant, which KeyList refuses
+@gluon.jit(do_not_specialize=["num_keys", "topk"])
 def _sparse_prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, max_ptr, lse_ptr,
     num_keys, num_heads, topk, qk_scale_log2,
@@ -176,7 +177,7 @@ def compile_cases() -> list[CompileCase]:
     signature = {
         "q_ptr": bf16, "kv_ptr": bf16, "indices_ptr": int32, "lens_ptr": int32, "sink_ptr": fp32,
         "out_ptr": bf16, "max_ptr": fp32, "lse_ptr": fp32,
-        "num_keys": "i32", "num_heads": size, "topk": size, "qk_scale_log2": "fp32",
+        "num_keys": "i32", "num_heads": size, "topk": "i32", "qk_scale_log2": "fp32",
         "stride_q_row": size, "stride_q_head": size, "stride_kv_row": size,
         "stride_indices_row": size,
     }  # fmt: skip

@@ -349,7 +349,11 @@ def stand_ins(settings: Any, models: dict[str, Model]) -> dict[str, types.Module
     host_root = _module("gluon.nvidia", hopper=host)
     gluon = _module(
         "gluon",
-        jit=lambda function: Kernel(function, settings),
+        jit=lambda function=None, **options: (
+            (lambda made: Kernel(made, settings))
+            if function is None
+            else Kernel(function, settings)
+        ),
         constexpr_function=_same,
         language=language,
         nvidia=host_root,
