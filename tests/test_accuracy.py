@@ -301,6 +301,10 @@ def test_eight_bits_of_weights_are_hidden_by_averaging():
 def test_attention_says_that_its_output_is_finite_in_every_row():
     finite = {name: registry.operator(name).finite for name in registry.operators()}
     attention = dict.fromkeys(
-        ("sparse_prefill", "sparse_decode", "dsa", "dense_attention"), ("out",)
+        (
+            *("sparse_prefill", "sparse_decode", "dsa", "dense_attention"),
+            *("masked_prefill", "dsa_layer", "masked_layer", "dense_layer"),
+        ),
+        ("out",),
     )
     assert {name: outputs for name, outputs in finite.items() if outputs} == attention

@@ -178,7 +178,7 @@ MISTAKES = [
     (
         lambda i: replace(i, x=i.x[:, :100], weight=i.weight[:100]),
         ValueError,
-        "a multiple of 128 if quantised, got 100",
+        "if quantised a multiple of 128, got 100",
     ),
 ]
 
