@@ -33,7 +33,9 @@ def test_readme_has_commands_to_try():
 def test_commands_of_the_readme_plan_cases(command: str):
     planned = call(*command.split(), "--plan", "--device", "cpu")
     assert planned.returncode == 0, planned.stderr
-    assert "dense_attention" in planned.stdout or "sparse_prefill" in planned.stdout
+    found = re.search(r"^to run: (\d+)", planned.stdout, re.MULTILINE)
+    assert found is not None
+    assert int(found[1]) > 0
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
