@@ -21,13 +21,12 @@ LIBRARIES = (
     "pandas",
     "matplotlib",
     "fa3-fwd",
-    "flash-attn",
+    "flash-attn-4",
     "flash-mla",
+    "sglang-kernel",
     "deep-gemm",
+    "tokenspeed-deepgemm",
     "flashinfer-python",
-    "sgl-kernel",
-    "tilelang",
-    "nvidia-ml-py",
 )
 GIB = 2**30
 UUID_DIGITS = 8

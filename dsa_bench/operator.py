@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dsa_bench.accuracy import Check
+from dsa_bench.library import Library
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
 
@@ -87,7 +88,9 @@ class Implementation:
     supports: Callable[[Any, Machine], str | None] = supports_all
     """(shape, machine) -> None, or the reason why it cannot, as a sentence for a person."""
     install: str = ""
-    """What to type when the library is missing: `pip install fa3-fwd`."""
+    """What to type when what it needs is missing, for one without `library`."""
+    library: Library | None = None
+    """The foreign package that does the work."""
     priority: int = 0
     """`auto` takes the supported implementation with the highest priority."""
 

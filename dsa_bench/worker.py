@@ -27,7 +27,7 @@ from typing import Any, cast
 
 import torch
 
-from dsa_bench import nvml
+from dsa_bench import library, nvml
 from dsa_bench.measure import VISITS
 from dsa_bench.operator import Unsupported, UsageError
 from dsa_bench.phases import VERBS, EndCase, Job, Options
@@ -219,6 +219,7 @@ def release_memory() -> bool:
 def serve(requests: Iterable[str], emit: Emit) -> int:
     """Answer requests until there are none; the exit code."""
     before = nvml.processes_before()
+    library.load_here()
     for number, line in enumerate(requests):
         if not answer(json.loads(line), emit, before):
             return 1

@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "baselines", "reports")
 
-EVERYWHERE = {"dsa_bench", "dsa_bench.accuracy", "dsa_bench.preset", "dsa_bench.expect"}
+EVERYWHERE = {
+    "dsa_bench",
+    "dsa_bench.accuracy",
+    "dsa_bench.preset",
+    "dsa_bench.expect",
+    "dsa_bench.library",
+}
 PLAIN = {"dsa_bench.operator", "dsa_bench.record", "dsa_bench.cost", "dsa_bench.untrusted"}
 """What kernels and baselines may know of the suite."""
 REPORTS_MAY_IMPORT = (

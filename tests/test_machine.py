@@ -82,7 +82,7 @@ def test_doctor_names_what_makes_times_noisy(monkeypatch: pytest.MonkeyPatch) ->
     assert "wait until it is idle" in rows["utilisation"]["hint"]
     assert rows["clock held down"]["value"] == "0x20" and rows["clock held down"]["hint"]
     assert rows["driver"]["value"] == "580.1" and "power_limit_w" not in rows
-    assert rows["tilelang"]["value"] == "not installed"
+    assert rows["flash-mla"]["value"] == "not installed"
 
 
 def test_doctor_is_content_with_a_quiet_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,262 @@
+"""FlashMLA, DeepSeek's CUDA kernels for Hopper: sparse prefill, sparse decode, dense decode.
+
+The package `flash_mla` is built from source; the same kernels come as a wheel inside
+`sglang-kernel`, as one library of operators, which is loaded by itself: nothing else of that
+package is imported. Where both are there, `flash_mla` is taken.
+
+Their words: `indices` [seq_len_q, 1, topk] are topk_indices (in decode topk_slots), `topk_length`
+topk_lens; a heads axis of 1 is added to keys. lse of decode is natural and [batch_size, num_heads,
+seq_len_q], transposed here as a view.
+
+`sglang-kernel` 0.4.3 gives max_logits and lse of prefill to base 2, the package of its own natural:
+the former are multiplied by ln 2 inside the timed call, 4 bytes a row and head.
+
+Their kernels take 64 or 128 heads. Fewer are padded to the next with zeros inside the timed call,
+as whoever calls them from 16 heads must.
+
+The schedule of a decode depends on lengths and shape, alike for all layers: an engine makes it once
+a step. Here it is made at the first call of a shape and kept, so its kernel is not in the time (5
+to 7 µs a step).
+"""
+
+import importlib
+import importlib.util
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_bench.baselines.dense_attention import (
+    DenseAttentionShape,
+    DenseDecodeInputs,
+    DenseOutputs,
+)
+from dsa_bench.kernels.sparse_decode import (
+    SparseDecodeInputs,
+    SparseDecodeOutputs,
+    SparseDecodeShape,
+)
+from dsa_bench.kernels.sparse_prefill import (
+    SparsePrefillInputs,
+    SparsePrefillOutputs,
+    SparsePrefillShape,
+)
+from dsa_bench.library import Library
+from dsa_bench.operator import Implementation, Machine, Unsupported
+
+PAGE_SIZE = 64
+HEADS_TAKEN = (64, 128)
+PREFILL_TOPK_MULTIPLE, DECODE_TOPK_MULTIPLE = 128, 64
+BASE_2_MODULE = "sgl_kernel"
+WHEEL_FILE = "flashmla_ops.abi3.so"
+
+
+@cache
+def ops() -> Any:
+    """The namespace of their operators, loaded once."""
+    if importlib.util.find_spec("flash_mla") is not None:
+        return importlib.import_module("flash_mla.cuda")
+    spec = importlib.util.find_spec("sgl_kernel")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("neither flash_mla nor sgl_kernel is installed")
+    torch.ops.load_library(str(Path(spec.submodule_search_locations[0]) / WHEEL_FILE))
+    return torch.ops.sgl_kernel
+
+
+LIBRARY = Library(
+    title="FlashMLA",
+    modules=("flash_mla", "sgl_kernel"),
+    distributions=("flash_mla", "sglang-kernel"),
+    install="pip install sglang-kernel",
+    load=ops,
+)
+
+
+@cache
+def gives_base_2() -> bool:
+    """Whether max_logits and lse of prefill come to base 2."""
+    return LIBRARY.found() == BASE_2_MODULE
+
+
+class Schedule(NamedTuple):
+    """How the work of a decode is shared out; filled by the first call."""
+
+    metadata: Tensor | None
+    num_splits: Tensor | None
+
+
+_schedules: dict[tuple[object, ...], Schedule] = {}
+
+
+def padded_heads(num_heads: int) -> int:
+    """64 or 128, the next that holds them."""
+    return next(taken for taken in HEADS_TAKEN if num_heads <= taken)
+
+
+def _pad_heads(q: Tensor) -> Tensor:
+    missing = padded_heads(q.shape[-2]) - q.shape[-2]
+    return torch.nn.functional.pad(q, (0, 0, 0, missing)) if missing else q
+
+
+def _pad_sink(attn_sink: Tensor | None) -> Tensor | None:
+    if attn_sink is None:
+        return None
+    return torch.nn.functional.pad(
+        attn_sink, (0, padded_heads(attn_sink.shape[0]) - attn_sink.shape[0])
+    )
+
+
+@torch.no_grad()
+def sparse_prefill(inputs: SparsePrefillInputs, /) -> SparsePrefillOutputs:
+    heads = inputs.q.shape[1]
+    out, max_logits, lse = ops().sparse_prefill_fwd(
+        _pad_heads(inputs.q),
+        inputs.kv.unsqueeze(1),
+        inputs.topk_indices.unsqueeze(1),
+        inputs.sm_scale,
+        inputs.head_dim_v,
+        _pad_sink(inputs.attn_sink),
+        inputs.topk_lens,
+    )
+    if gives_base_2():
+        max_logits, lse = max_logits.mul_(math.log(2)), lse.mul_(math.log(2))
+    return SparsePrefillOutputs(out[:, :heads], max_logits[:, :heads], lse[:, :heads])
+
+
+@torch.no_grad()
+def sparse_decode(inputs: SparseDecodeInputs, /) -> SparseDecodeOutputs:
+    seq_len_q, heads = inputs.q.shape[1:3]
+    topk_lens = inputs.topk_lens
+    if topk_lens is not None and seq_len_q > 1:
+        raise Unsupported("FlashMLA takes one topk_lens a sequence, not one a query")
+    key = ("sparse", inputs.q.device, *inputs.q.shape, inputs.topk_slots.shape[-1])
+    schedule = Schedule(None, None)
+    if topk_lens is None:
+        # with lengths of its own a call has a schedule of its own
+        schedule = _schedules.get(key, schedule)
+    out, lse, *made = ops().sparse_decode_fwd(
+        _pad_heads(inputs.q),
+        inputs.kv_cache.unsqueeze(2),
+        inputs.topk_slots,
+        None if topk_lens is None else topk_lens.flatten(),
+        _pad_sink(inputs.attn_sink),
+        *schedule,
+        None, None, None,
+        512,
+        inputs.sm_scale,
+    )  # fmt: skip
+    if topk_lens is None:
+        _schedules[key] = Schedule(*made)
+    return SparseDecodeOutputs(out[:, :, :heads], lse.transpose(1, 2)[:, :, :heads])
+
+
+@cache
+def _pages(batch_size: int, seq_len_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """block_table and seq_lens of a contiguous cache seen as pages."""
+    pages = seq_len_kv // PAGE_SIZE
+    table = torch.arange(batch_size * pages, dtype=torch.int32, device=device)
+    lens = torch.full((batch_size,), seq_len_kv, dtype=torch.int32, device=device)
+    return table.view(batch_size, pages), lens
+
+
+@torch.no_grad()
+def dense_decode(inputs: DenseDecodeInputs, /) -> DenseOutputs:
+    """The contiguous cache is a view of pages of 64 tokens, in order."""
+    batch_size, seq_len_kv, width = inputs.kv.shape
+    block_table, seq_lens = _pages(batch_size, seq_len_kv, inputs.kv.device)
+    key = ("dense", inputs.q.device, *inputs.q.shape, seq_len_kv)
+    out, lse, *made = ops().dense_decode_fwd(
+        inputs.q,
+        inputs.kv.view(-1, PAGE_SIZE, 1, width),
+        inputs.head_dim_v,
+        seq_lens,
+        block_table,
+        inputs.sm_scale,
+        True,
+        *_schedules.get(key, Schedule(None, None)),
+    )
+    _schedules[key] = Schedule(*made)
+    return DenseOutputs(out, lse.transpose(1, 2))
+
+
+def _needs_hopper(machine: Machine) -> str | None:
+    if machine.device != "cuda" or not machine.is_hopper:
+        return "flash_mla needs a Hopper GPU (compute capability 9.0)"
+    return None
+
+
+def _takes_lists(num_heads: int, topk: int, multiple: int) -> str | None:
+    if num_heads > max(HEADS_TAKEN):
+        return f"flash_mla takes up to {max(HEADS_TAKEN)} heads, this case has {num_heads}"
+    if topk % multiple:
+        return f"flash_mla takes a topk that is a multiple of {multiple}, this case has {topk}"
+    return None
+
+
+def _supports_prefill(shape: SparsePrefillShape, machine: Machine) -> str | None:
+    return (
+        _needs_hopper(machine)
+        or _takes_lists(shape.num_heads, shape.topk, PREFILL_TOPK_MULTIPLE)
+        or LIBRARY.obstacle()
+    )
+
+
+def _supports_sparse_decode(shape: SparseDecodeShape, machine: Machine) -> str | None:
+    reason = _needs_hopper(machine) or _takes_lists(
+        shape.num_heads, shape.topk, DECODE_TOPK_MULTIPLE
+    )
+    if reason is not None:
+        return reason
+    if shape.precision != "fp8":
+        return f"flash_mla sparse_decode takes an fp8 cache only, this one is {shape.precision}"
+    if shape.page_size != PAGE_SIZE:
+        return f"flash_mla takes pages of {PAGE_SIZE} tokens, this case has {shape.page_size}"
+    return LIBRARY.obstacle()
+
+
+def _supports_dense_decode(shape: DenseAttentionShape, machine: Machine) -> str | None:
+    reason = _needs_hopper(machine)
+    if reason is not None:
+        return reason
+    if shape.is_prefill:
+        return "flash_mla has no dense prefill for Hopper"
+    if shape.seq_len_kv % PAGE_SIZE:
+        return (
+            f"flash_mla reads pages of {PAGE_SIZE} tokens, and {shape.seq_len_kv} keys of a"
+            " contiguous cache are no whole number of them"
+        )
+    return LIBRARY.obstacle()
+
+
+IMPLEMENTATIONS = {
+    "sparse_prefill": (
+        Implementation(
+            name="flash_mla",
+            run=sparse_prefill,
+            supports=_supports_prefill,
+            library=LIBRARY,
+            priority=-10,
+        ),
+    ),
+    "sparse_decode": (
+        Implementation(
+            name="flash_mla",
+            run=sparse_decode,
+            supports=_supports_sparse_decode,
+            library=LIBRARY,
+            priority=-10,
+        ),
+    ),
+    "dense_attention": (
+        Implementation(
+            name="flash_mla",
+            run=dense_decode,
+            supports=_supports_dense_decode,
+            library=LIBRARY,
+            priority=35,
+        ),
+    ),
+}
