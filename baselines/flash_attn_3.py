@@ -7,7 +7,9 @@ multiples of 16 as TMA wants them).
 Their lse is [batch_size, num_heads, seq_len_q], natural: transposed here as a view.
 """
 
-import importlib.util
+import importlib
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +21,30 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
+from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
 MODULE = "fa3_fwd_interface"
-INSTALL = "pip install fa3-fwd"
+
+
+@cache
+def load() -> Any:
+    """The module of the wheel."""
+    return importlib.import_module(MODULE)
+
+
+LIBRARY = Library(
+    title="FlashAttention-3",
+    modules=(MODULE,),
+    distributions=("fa3-fwd",),
+    install="pip install fa3-fwd",
+    load=load,
+)
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float) -> DenseOutputs:
     """MHA form, causal to the end of the keys."""
-    from fa3_fwd_interface import flash_attn_func
-
-    out, lse = flash_attn_func(
+    out, lse = load().flash_attn_func(
         q.unsqueeze(0),
         k.unsqueeze(0),
         v.unsqueeze(0),
@@ -42,10 +57,8 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float) -> DenseOutputs
 
 def decode(q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float) -> DenseOutputs:
     """MQA form; the number of splits over keys is theirs to choose (num_splits=0)."""
-    from fa3_fwd_interface import flash_attn_with_kvcache
-
     kv = kv.unsqueeze(2)
-    out, lse, *_ = flash_attn_with_kvcache(
+    out, lse, *_ = load().flash_attn_with_kvcache(
         q[..., head_dim_v:],
         kv[..., head_dim_v:],
         kv[..., :head_dim_v],
@@ -69,12 +82,10 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
 def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
     if machine.device != "cuda" or not machine.is_hopper:
         return "flash_attn_3 needs a Hopper GPU (compute capability 9.0)"
-    if importlib.util.find_spec(MODULE) is None:
-        return f"flash_attn_3 is not installed ({INSTALL})"
-    return None
+    return LIBRARY.obstacle()
 
 
 IMPLEMENTS = "dense_attention"
 IMPLEMENTATIONS = (
-    Implementation(name="flash_attn_3", run=run, supports=supports, install=INSTALL, priority=40),
+    Implementation(name="flash_attn_3", run=run, supports=supports, library=LIBRARY, priority=40),
 )

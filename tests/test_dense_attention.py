@@ -273,7 +273,7 @@ def test_supports_says_why_not(name, machine, shape, sentence):
 def test_flash_attn_3_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = flash_attn_3.supports(prefill_shape(64, 128), H100)
-    assert reason == "flash_attn_3 is not installed (pip install fa3-fwd)"
+    assert reason == "FlashAttention-3 is not installed (pip install fa3-fwd)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert flash_attn_3.supports(prefill_shape(64, 128), H100) is None
 
