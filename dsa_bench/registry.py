@@ -285,15 +285,19 @@ def choose(op_name: str, case: Case, preset: Preset, machine: Machine) -> str | 
 
 
 def list_rows(machine: Machine) -> list[dict[str, Any]]:
-    """Rows of `dsa-bench list`: operator, summary, phases, implementation, available, reason.
+    """Rows of `dsa-bench list`: operator, summary, phases, implementation, available, reason,
+    library, version, install.
 
     Whether an implementation can run is asked for a common shape: L 8192, topk 2048, as the preset
-    v3.2 has it.
+    v3.2 has it, in any phase and precision of the operator. `install` is what to type where its
+    library is missing, an empty text where it isn't or none is needed.
     """
     rows = []
     for name, owner in operators().items():
         for part in reversed(implementations(name).values()):
             reason = _listed_reason(owner, part, machine)
+            library = part.library
+            missing = library is not None and library.found() is None
             rows.append(
                 {
                     "operator": name,
@@ -302,13 +306,27 @@ def list_rows(machine: Machine) -> list[dict[str, Any]]:
                     "implementation": part.name,
                     "available": reason is None,
                     "reason": reason or "",
+                    "library": library.title if library is not None else "",
+                    "version": (library.version() or "") if library is not None else "",
+                    "install": library.install if library is not None and missing else "",
                 }
             )
     return rows
 
 
 def _listed_reason(owner: Operator, part: Implementation, machine: Machine) -> str | None:
-    phase = owner.phases[0]
+    """None if it takes the common shape in some phase and precision, else the first reason."""
+    reasons = [
+        _common_reason(owner, part, machine, phase, precision)
+        for phase in owner.phases
+        for precision in ("bf16", "fp8")[: 2 if "precision" in owner.axes else 1]
+    ]
+    return None if None in reasons else reasons[0]
+
+
+def _common_reason(
+    owner: Operator, part: Implementation, machine: Machine, phase: str, precision: str
+) -> str | None:
     case = Case(
         op=owner.name,
         impl=part.name,
@@ -316,6 +334,7 @@ def _listed_reason(owner: Operator, part: Implementation, machine: Machine) -> s
         seq_len_kv=8192,
         seq_len_q=4096 if phase == "prefill" else 1,
         topk=2048 if "topk" in owner.axes else None,
+        precision=precision,
     )
     try:
         shape = owner.shape(case, PRESETS[case.preset])

@@ -229,6 +229,7 @@ def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
     operators = tuple(
         (
             *(row["operator"], ", ".join(row["phases"]), row["implementation"]),
+            _library(row),
             "yes" if row["available"] else row["reason"],
         )
         for row in found["implementations"]
@@ -236,12 +237,19 @@ def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
     return (
         TextTable(
             title="operators",
-            head=("operator", "phases", "implementation", "runs here"),
+            head=("operator", "phases", "implementation", "library", "runs here"),
             rows=operators,
         ),
         _rows_table("presets", found["presets"]),
         _rows_table("sweeps", found["sweeps"]),
     )
+
+
+def _library(row: Mapping[str, Any]) -> str:
+    """The foreign library and its version, or what to type to get it; empty for our own."""
+    if not row["library"]:
+        return ""
+    return row["install"] or f"{row['library']} {row['version']}".strip()
 
 
 def diagnosis(device: str, *, measure: bool = False) -> dict[str, Any]:

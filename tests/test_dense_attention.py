@@ -274,7 +274,7 @@ def test_flash_attn_3_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     reason = flash_attn_3.supports(prefill_shape(64, 128), H100)
     assert reason == "FlashAttention-3 is not installed (pip install fa3-fwd)"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(type(flash_attn_3.LIBRARY), "obstacle", lambda self: None)
     assert flash_attn_3.supports(prefill_shape(64, 128), H100) is None
 
 

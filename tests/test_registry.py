@@ -1,5 +1,6 @@
 """What the registry finds, chooses and refuses, on fake operators and on the real folders."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from dsa_bench import registry
+from dsa_bench.library import Library
 from dsa_bench.operator import Machine, Unsupported, UsageError
 from dsa_bench.preset import PRESETS
 from tests import fake_operator
@@ -134,6 +136,23 @@ def test_missing_library_keeps_the_name_known_and_says_why() -> None:
     )
     assert rows["double", "best"]["available"] and rows["double", "best"]["reason"] == ""
     assert rows["double", "gpu"]["reason"] == "needs a CUDA GPU"
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "install"), [(None, None, "pip install it"), ("it", "1.2", "")]
+)
+def test_list_says_what_to_type_for_a_missing_library(monkeypatch, found, version, install) -> None:
+    library = Library(
+        title="It", modules=("it",), distributions=("it",), install="pip install it", load=object
+    )
+    monkeypatch.setattr(Library, "found", lambda self: found)
+    monkeypatch.setattr(Library, "version", lambda self: version)
+    known = registry.catalogue().implementations["double"]
+    part = dataclasses.replace(known["gpu"], library=library)
+    monkeypatch.setitem(known, "gpu", part)
+    row = next(r for r in registry.list_rows(CPU) if r["implementation"] == "gpu")
+    assert (row["library"], row["version"], row["install"]) == ("It", version or "", install)
+    assert row["reason"] == "needs a CUDA GPU"
 
 
 def test_scan_reads_a_folder_and_survives_a_missing_library(folder: Path) -> None:
