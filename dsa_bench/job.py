@@ -3,6 +3,7 @@
 import contextlib
 import random
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dsa_bench import doubt, runner, schedule, sweep
+from dsa_bench import doubt, plugins, runner, schedule, sweep
 from dsa_bench.operator import UsageError
 from dsa_bench.record import Record
 from dsa_bench.runner import Progress
@@ -114,6 +115,7 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         "replicates": request.replicates,
         "order_seed": random.SystemRandom().getrandbits(32),
     }
+    brought = plugins.digests()
     header = {
         "protocol": doubt.PROTOCOL,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -123,7 +125,7 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         "options": options | settings,
         "sweep": wanted.to_json(),
         "plan": [item.to_json() for item in planned],
-    }
+    } | ({"impl_files": brought} if brought else {})
     path = None if request.verb == "check" else request.output or default_folder(found.machine.name)
     return Job(
         verb=request.verb,
@@ -174,6 +176,7 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
         groups = _groups(header.get("verb", "run"), planned, options)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder}/run.json lacks {error} (run the sweep again)") from None
+    _expect_same_files(folder, header)
     here = probe(device, with_ceilings=False).header["machine"]["name"]
     if here != machine:
         raise UsageError(f"{folder} was measured on {machine}, this machine has {here} (use -o)")
@@ -188,6 +191,19 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
         options={key: options[key] for key in ("device", "effort") if key in options},
         lost={(r.case.key, r.replicate): r.lost_workers for r in run.records},
     )
+
+
+def _expect_same_files(folder: Path, header: Mapping[str, Any]) -> None:
+    """UsageError unless the run was begun with the files that are in use, byte by byte.
+
+    A run folder may be somebody else's: the code that it names is never run by itself.
+    """
+    begun = header.get("impl_files", [])
+    if begun != plugins.digests():
+        names = ", ".join(str(item.get("path")) for item in begun) or "none"
+        raise UsageError(
+            f"{folder} was begun with --impl-file {names} (give the same files, unchanged)"
+        )
 
 
 def _without(groups: Sequence[Group], ended: Container[tuple[str, int]]) -> tuple[Group, ...]:
@@ -260,7 +276,12 @@ def _finished(record: Record, job: Job) -> Record:
     return replace(
         record,
         flags=doubt.judge(record, job.header.get("ceilings") or {}),
-        reproduce=sweep.reproduce(record.case, device=job.device, effort=effort),
+        reproduce=" ".join(
+            (
+                sweep.reproduce(record.case, device=job.device, effort=effort),
+                *(f"--impl-file {shlex.quote(str(path))}" for path in plugins.files()),
+            )
+        ),
     )
 
 

@@ -13,12 +13,15 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import dsa_bench.baselines
 import dsa_bench.kernels
+from dsa_bench import plugins
 from dsa_bench.operator import Implementation, Machine, Operator, Run, Unsupported, UsageError
+from dsa_bench.plugins import Plugin
 from dsa_bench.preset import PRESETS, Preset
 from dsa_bench.record import Case
 
@@ -34,6 +37,8 @@ class Catalogue:
     operators: Mapping[str, Operator]
     implementations: Mapping[str, Mapping[str, Implementation]]
     """operator name -> implementation name -> implementation, lowest priority first."""
+    plugins: tuple[Plugin, ...] = ()
+    """What others brought, broken ones with their problem."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +56,63 @@ class Resolved:
     """Why it cannot run here; None where it can."""
 
 
-@cache
 def catalogue() -> Catalogue:
-    """Reads the folders once in a process."""
+    """The folders and the plug-ins, read once in a process."""
+    return _catalogue(plugins.files())
+
+
+@cache
+def _catalogue(files: tuple[Path, ...]) -> Catalogue:
+    try:
+        return with_plugins(_folders(), plugins.load())
+    except plugins.BrokenPlugin as error:
+        raise UsageError(str(error)) from error
+
+
+@cache
+def _folders() -> Catalogue:
     return scan((dsa_bench.kernels, dsa_bench.baselines))
+
+
+def with_plugins(known: Catalogue, found: Iterable[Plugin]) -> Catalogue:
+    """The catalogue with what plug-ins offer; a name that is taken is refused.
+
+    UsageError for a file that offers what cannot be; of an entry point it becomes its problem.
+    """
+    offers = {name: dict(offer) for name, offer in known.implementations.items()}
+    listed = []
+    for plugin in found:
+        problem = plugin.problem or _join(offers, plugin)
+        if problem and plugin.is_file:
+            raise UsageError(f"--impl-file {plugin.source}: {problem}")
+        listed.append(dataclasses.replace(plugin, problem=problem))
+    return Catalogue(
+        operators=known.operators,
+        implementations={
+            name: {i.name: i for i in sorted(offer.values(), key=lambda i: i.priority)}
+            for name, offer in offers.items()
+        },
+        plugins=tuple(listed),
+    )
+
+
+def _join(offers: dict[str, dict[str, Implementation]], plugin: Plugin) -> str:
+    """Add what a plug-in offers to `offers`, all or nothing; why not, or an empty text."""
+    try:
+        offered = _offered(plugin.name, plugin.offer)
+    except ValueError as error:
+        return str(error)
+    for name, implementations in offered.items():
+        if name not in offers:
+            return f"there is no operator {name!r} (known: {', '.join(offers)})"
+        for part in implementations:
+            if not isinstance(part, Implementation):
+                return f"{name}: {part!r} is no Implementation (from dsa_bench.operator)"
+            if part.name in offers[name]:
+                return f"{name} has an implementation {part.name!r} already (choose another name)"
+    for name, implementations in offered.items():
+        offers[name] |= {part.name: part for part in implementations}
+    return ""
 
 
 def scan(packages: Iterable[ModuleType]) -> Catalogue:
@@ -101,7 +159,7 @@ def collect(
     )
 
 
-def _offered(name: str, module: ModuleType) -> Mapping[str, tuple[Implementation, ...]]:
+def _offered(name: str, module: Any) -> Mapping[str, tuple[Implementation, ...]]:
     offered = getattr(module, "IMPLEMENTATIONS", None)
     if offered is None:
         return {}
@@ -135,6 +193,16 @@ def _broken(name: str, error: ImportError) -> Implementation:
         install=install,
         priority=BROKEN_PRIORITY,
     )
+
+
+def brought_by_files() -> dict[str, tuple[str, ...]]:
+    """Operator -> names of the implementations that came with --impl-file."""
+    out: dict[str, tuple[str, ...]] = {}
+    for plugin in catalogue().plugins:
+        if plugin.is_file:
+            for name, offered in _offered(plugin.name, plugin.offer).items():
+                out[name] = (*out.get(name, ()), *(part.name for part in offered))
+    return out
 
 
 def operators() -> dict[str, Operator]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsa_bench.conformance import Finding
 from dsa_bench.cost import SUSTAINED_PREFIX
 from dsa_bench.record import RANDOM_INPUTS, Case, KernelTime, Record, StageTime
 from dsa_bench.reports.units import (
@@ -208,6 +209,10 @@ def inventory(device: str) -> dict[str, Any]:
 
     return {
         "implementations": registry.list_rows(machine.detect(device)),
+        "plugins": [
+            {"plugin": p.name, "from": p.source, "problem": p.problem or "none"}
+            for p in registry.catalogue().plugins
+        ],
         "presets": [
             {
                 "preset": preset.name,
@@ -240,8 +245,29 @@ def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
             head=("operator", "phases", "implementation", "library", "runs here"),
             rows=operators,
         ),
+        *((_rows_table("plug-ins", found["plugins"]),) if found["plugins"] else ()),
         _rows_table("presets", found["presets"]),
         _rows_table("sweeps", found["sweeps"]),
+    )
+
+
+def hostile_findings(job: Any, *, everything: bool) -> list[Finding]:
+    """Implementations of the files in use, or of all planned cases, over hostile inputs."""
+    from dsa_bench import conformance, registry
+
+    wanted = {op: set(names) for op, names in registry.brought_by_files().items()}
+    for item in job.planned if everything else ():
+        if isinstance(item.case.impl, str) and item.case.op in registry.operators():
+            wanted.setdefault(item.case.op, set()).add(item.case.impl)
+    return conformance.examine({op: sorted(names) for op, names in wanted.items()}, job.device)
+
+
+def findings_table(found: Sequence[Finding]) -> TextTable:
+    """One row for each implementation and hostile input."""
+    return TextTable(
+        title="hostile inputs",
+        head=("operator", "implementation", "input", "verdict", "reason"),
+        rows=tuple((f.op, f.impl, f.name, f.verdict, f.reason) for f in found),
     )
 
 

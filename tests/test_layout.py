@@ -28,8 +28,8 @@ ONLY_IN_CLI = {"typer", "rich"}
 NEVER_IN_REPORTS = {"torch", "triton"}
 PROBES = {"dsa_bench.ceilings": {"dsa_bench.kernels.l2_read_triton"}}
 """Kernels that measure the machine and no operator, and who may launch them."""
-LIBRARY = {"dsa_bench.layers"}
-"""Puts layers and the registry's choice together for those who use the layers without the suite."""
+LIBRARY = {"dsa_bench.layers", "dsa_bench.conformance"}
+"""Put layers, or hostile inputs, and the registry's choice together."""
 KERNEL_FOLDERS = ("dsa_bench.kernels.", "dsa_bench.baselines.")
 
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -23,6 +23,7 @@ from dsa_bench.cli.options import (
     Effort,
     Heads,
     Impl,
+    ImplFiles,
     Inputs,
     Lengths,
     Mode,
@@ -88,6 +89,7 @@ def run(
     precision: Precision = None,
     op: Op = None,
     impl: Impl = None,
+    impl_file: ImplFiles = None,
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
@@ -144,6 +146,7 @@ def profile(
     precision: Precision = None,
     op: Op = None,
     impl: Impl = None,
+    impl_file: ImplFiles = None,
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
@@ -181,6 +184,7 @@ def check(
     precision: Precision = None,
     op: Op = None,
     impl: Impl = None,
+    impl_file: ImplFiles = None,
     batch_size: Batch = None,
     seq_len_q: SeqLenQ = None,
     num_heads: Heads = None,
@@ -191,20 +195,28 @@ def check(
     seed: Seed = None,
     device: Device = "auto",
     timeout: Timeout = None,
+    hostile: Annotated[
+        bool,
+        typer.Option("--hostile", help="Hostile inputs too (those of an --impl-file always)."),
+    ] = False,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> Exit:
     """Compare every implementation with the reference; no times."""
-    from dsa_bench import job
+    from dsa_bench import job, show
     from dsa_bench.cli import terminal
 
     ready = job.prepare(_request("check", locals()))
     result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
     if not as_json:
-        from dsa_bench import show
-
         terminal.draw(show.checks(result.records))
-    return _exit_code(result, finished)
+    code = _exit_code(result, finished)
+    if code == Exit.INTERRUPTED or not (hostile or impl_file):
+        return code
+    found = show.hostile_findings(ready, everything=hostile)
+    hostile_rows = {"hostile": [asdict(f) for f in found]}
+    terminal.print_tables(hostile_rows, (show.findings_table(found),), as_json)
+    return Exit.FAILED if any(f.is_bad for f in found) else code
 
 
 @app.command()
@@ -256,7 +268,7 @@ app.command()(verify)
 
 
 @app.command("list")
-def list_all(device: Device = "auto", as_json: AsJson = False) -> Exit:
+def list_all(device: Device = "auto", impl_file: ImplFiles = None, as_json: AsJson = False) -> Exit:
     """What there is, and what of it runs here, or why not."""
     from dsa_bench import show
     from dsa_bench.cli import terminal

@@ -10,6 +10,18 @@ def _text(*names: str, metavar: str, help: str) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, show_default=False)
 
 
+def _use_files(paths: list[Path] | None) -> list[Path] | None:
+    from dsa_bench import plugins
+    from dsa_bench.operator import UsageError
+
+    if paths:
+        try:
+            plugins.use(paths)
+        except plugins.BrokenPlugin as error:
+            raise UsageError(str(error)) from error
+    return paths
+
+
 SweepName = Annotated[
     str | None,
     typer.Argument(
@@ -32,6 +44,11 @@ Op = Annotated[
 Impl = Annotated[
     str | None, _text("--impl", metavar="LIST", help="auto, all, a name, operator=name")
 ]
+ImplFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--impl-file", metavar="FILE", help="A Python file with more implementations.",
+                 show_default=False, callback=_use_files),
+]  # fmt: skip
 Batch = Annotated[str | None, _text("--batch", metavar="SIZES", help="Sequences in decode: 1,32")]
 SeqLenQ = Annotated[
     str | None, _text("--seq-len-q", metavar="SIZES", help="Queries of a chunk, of a sequence.")
