@@ -15,7 +15,7 @@ import pandas as pd
 from dsa_bench import doubt
 from dsa_bench.contest import LAYER
 from dsa_bench.record import AUTO_MODE
-from dsa_bench.reports import budget, estimate_view, frame, naming, units
+from dsa_bench.reports import budget, estimate_view, frame, leaderboard, naming, units
 from dsa_bench.reports.digest import Digest, digest, flags_of
 from dsa_bench.reports.lines import PHASE_RANKS
 from dsa_bench.reports.sheet import Sheet
@@ -299,8 +299,12 @@ def _markdown_table(table: Table) -> str:
 
 
 def sheets(report: Digest) -> list[Sheet]:
-    """The small tables of a report: budgets of layers, and the estimate for the whole model."""
-    return [*budget.sheets(report), *estimate_view.sheets(report)]
+    """The small tables of a report: who is fastest, budgets of layers, the whole model's cost."""
+    return [
+        *leaderboard.sheets(report),
+        *budget.sheets(report),
+        *estimate_view.sheets(report),
+    ]
 
 
 def _markdown_sheet(sheet: Sheet) -> str:

@@ -28,6 +28,7 @@ SPARE = ("traffic", "FLOP rate", "peak memory", "status", "±", "$/M tokens", "m
 
 def print_report(runs: Sequence[Run]) -> None:
     """The tables of some runs and their headline sentences."""
+    from dsa_bench.reports import leaderboard
     from dsa_bench.reports.digest import digest
     from dsa_bench.reports.tables import TERMINAL_COLUMNS, phase_tables, time_spent
 
@@ -43,6 +44,17 @@ def print_report(runs: Sequence[Run]) -> None:
                 notes=table.notes,
                 right=numbers,
                 spare=SPARE,
+            )
+        )
+    for sheet in leaderboard.sheets(found):
+        places = frozenset(sheet.head[sheet.num_names :])
+        draw(
+            TextTable(
+                title=sheet.title,
+                head=sheet.head,
+                rows=sheet.rows,
+                notes=sheet.notes,
+                spare=tuple(sorted(places, reverse=True)),
             )
         )
     for sentence in (*found.headlines, *time_spent(found)):
