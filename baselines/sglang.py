@@ -2,8 +2,8 @@
 
 Of its operators `fast_topk_transform_ragged_fused` fits the contract: it takes the k largest of
 `lengths` logits from `row_starts` on and adds an offset to each index, which is the start again, so
-that they are columns; the tail of a short row is -1. `lengths` is kv_end - kv_start, one small
-kernel inside the timed call.
+that they are columns; the tail of a short row is -1. `lengths` is kv_end - kv_start or 0, two small
+kernels inside the timed call.
 
 The library of operators is loaded by itself: importing the package would take hold of the GPU. It
 needs the system library libnuma.so.1.
@@ -53,10 +53,10 @@ LIBRARY = Library(
 @torch.no_grad()
 def run(inputs: TopkInputs, /) -> TopkOutputs:
     logits = inputs.index_logits
+    # a range that is turned round is empty here, and a wild read there
+    lengths = torch.maximum(inputs.kv_end, inputs.kv_start) - inputs.kv_start
     out = torch.empty(logits.shape[0], TOPK, dtype=torch.int32, device=logits.device)
-    ops().fast_topk_transform_ragged_fused(
-        logits, inputs.kv_end - inputs.kv_start, out, inputs.kv_start, inputs.kv_start
-    )
+    ops().fast_topk_transform_ragged_fused(logits, lengths, out, inputs.kv_start, inputs.kv_start)
     return TopkOutputs(out)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TIMEOUT = 600.0
-"""Seconds for all of them; compiling a kernel takes the most."""
+"""Seconds for one of them; compiling a kernel takes the most."""
 SIZES = {"cpu": ((300, 64, 16),), "cuda": ((300, 64, 16), (4160, 2048, 128))}
 """Device -> (L, topk, heads) of the cases that are made hostile."""
 
@@ -36,8 +36,14 @@ class Finding:
 
 
 def examine(wanted: Mapping[str, Sequence[str]], device: str) -> list[Finding]:
-    """Operator -> implementations, in another process; a crash is a finding of its own."""
-    command = [sys.executable, "-m", "dsa_bench.conformance", device, json.dumps(dict(wanted))]
+    """Operator -> implementations, each in a process of its own; a crash is a finding."""
+    pairs = [(op, impl) for op, names in wanted.items() for impl in names]
+    return [finding for op, impl in pairs for finding in _examine_one(op, impl, device)]
+
+
+def _examine_one(op: str, impl: str, device: str) -> list[Finding]:
+    wanted = json.dumps({op: [impl]})
+    command = [sys.executable, "-m", "dsa_bench.conformance", device, wanted]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
         output, ending = done.stdout, f"exit code {done.returncode}: {_last(done.stderr)}"
@@ -48,7 +54,7 @@ def examine(wanted: Mapping[str, Sequence[str]], device: str) -> list[Finding]:
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"op"')]
     found = [Finding(**line) for line in lines]
     if crashed:
-        found.append(Finding(op="all", impl="", name="", verdict="raised", reason=ending))
+        found.append(Finding(op=op, impl=impl, name="the process", verdict="raised", reason=ending))
     return found
 
 

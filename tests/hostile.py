@@ -165,8 +165,13 @@ def assert_as_exact_as_bf16(inputs: Any, out: Tensor) -> None:
 
 
 def names(operator: str) -> list[str]:
-    """Every implementation but the reference."""
-    return [name for name in registry.implementations(operator) if name != registry.REFERENCE]
+    """Every implementation but the reference, and but those of foreign libraries: what they refuse
+    or read wildly ends processes, so `dsa-bench check --hostile` runs each in one of its own."""
+    return [
+        name
+        for name, part in registry.implementations(operator).items()
+        if name != registry.REFERENCE and part.library is None
+    ]
 
 
 def cases(operator: str, shapes: Sequence[Any]) -> list[Any]:

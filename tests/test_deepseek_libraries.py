@@ -229,6 +229,7 @@ class FakeSglang:
         for i, (length, start) in enumerate(
             zip(lengths.tolist(), row_starts.tolist(), strict=True)
         ):
+            assert length >= 0
             section = score[i, start : start + length]
             best = section.topk(min(2048, int(length))).indices
             out[i] = -1
@@ -236,11 +237,12 @@ class FakeSglang:
 
 
 def ragged_rows() -> topk.TopkInputs:
-    """Rows that start late, end early, are shorter than topk or empty; NaN outside the range."""
+    """Rows that start late, end early, are shorter than topk, empty or turned round; NaN outside
+    the range."""
     torch.manual_seed(0)
-    start = torch.tensor([0, 300, 17, 50, 0], dtype=torch.int32)
-    end = torch.tensor([4096, 4000, 117, 50, 2048], dtype=torch.int32)
-    logits = torch.randn(5, 4096)
+    start = torch.tensor([0, 300, 17, 50, 0, 9], dtype=torch.int32)
+    end = torch.tensor([4096, 4000, 117, 50, 2048, -(2**31)], dtype=torch.int32)
+    logits = torch.randn(6, 4096)
     columns = torch.arange(4096)
     logits[(columns < start[:, None]) | (columns >= end[:, None])] = float("nan")
     return topk.TopkInputs(logits, start, end, 2048)

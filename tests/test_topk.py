@@ -286,8 +286,9 @@ def test_topk_of_a_causal_chunk(name):
     hostile.assert_implementation("topk", name, shape, hostile.plain)
 
 
+# torch's own copies of so large a tensor leave no room for tests that run beside this one
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", hostile.names("topk"))
+@pytest.mark.parametrize("name", [name for name in hostile.names("topk") if name != "torch"])
 def test_topk_reads_logits_beyond_2_31_elements(name):
     shape = full(2**31 // 131072 + 20, 131072, 2048)
     implementation = hostile.runnable("topk", name, shape)
