@@ -27,7 +27,7 @@ class Library:
     title: str
     """As its authors write it: FlashMLA."""
     modules: tuple[str, ...]
-    """Top-level modules, any of which provides it; the first that is found counts."""
+    """Modules, any of which provides it; the first that is found counts."""
     distributions: tuple[str, ...]
     """Names on PyPI, in the same order; of which the version is told."""
     install: str
@@ -37,8 +37,8 @@ class Library:
     of a module, so that another process can find it by name."""
 
     def found(self) -> str | None:
-        """The module that would provide it, or None; nothing is imported."""
-        return next((m for m in self.modules if importlib.util.find_spec(m) is not None), None)
+        """The module that would provide it, or None; nothing but parents of it is imported."""
+        return next((m for m in self.modules if _is_there(m)), None)
 
     def version(self) -> str | None:
         """The version of the distribution that is installed, or None where none is recorded."""
@@ -59,6 +59,14 @@ class Library:
         version = self.version()
         named = f"{self.title} {version}" if version else self.title
         return f"{named} is installed but does not load: {error} (try {self.install})"
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        # a parent that is missing or does not load, or a module without a spec
+        return False
 
 
 def load_here() -> None:
@@ -83,11 +91,12 @@ def _error_here(load: Callable[[], object]) -> str | None:
 
 
 PROBE = """
-import importlib, json, sys
+import json, sys
 from dsa_bench.library import first_line
+from dsa_bench.plugins import import_named
 module, name = sys.argv[1:]
 try:
-    getattr(importlib.import_module(module), name)()
+    getattr(import_named(module), name)()
     print(json.dumps(None))
 except Exception as error:
     print(json.dumps(first_line(error)))

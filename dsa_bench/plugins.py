@@ -8,19 +8,30 @@ sentence. They reach the workers by an environment variable. A package that is i
 nothing to do with the command, so a broken entry point is only listed with its error.
 """
 
+import dataclasses
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dsa_bench.library import first_line
+from dsa_bench.operator import Implementation, Machine
+
 GROUP = "dsa_bench.implementations"
 ENVIRONMENT = "DSA_BENCH_IMPL_FILES"
+PREFIX = "dsa_bench_impl_file_"
+"""Of the names of modules that are made from files."""
+NAME = re.compile(r"(?!(auto|all)$)[\w.-]+")
+"""What --impl can name."""
 
 
 class BrokenPlugin(Exception):
@@ -46,6 +57,8 @@ def use(paths: Iterable[Path]) -> None:
     for path in absolute:
         if not path.is_file():
             raise BrokenPlugin(f"--impl-file {path} is no file (give the path of a Python file)")
+        if os.pathsep in str(path):
+            raise BrokenPlugin(f"--impl-file {path} has a {os.pathsep!r} in its path (move it)")
     os.environ[ENVIRONMENT] = os.pathsep.join(map(str, absolute))
 
 
@@ -68,14 +81,27 @@ def load() -> tuple[Plugin, ...]:
     return (*map(_load_file, files()), *map(_load_entry, _entry_points()))
 
 
+def import_named(name: str) -> ModuleType:
+    """Import a module by name, also one made from a file in use: for another process."""
+    if name.startswith(PREFIX) and name not in sys.modules:
+        for path in files():
+            _load_file(path)
+    return importlib.import_module(name)
+
+
 def _load_file(path: Path) -> Plugin:
-    spec = importlib.util.spec_from_file_location(f"dsa_bench_impl_file_{path.stem}", path)
+    # two files may have one name
+    name = f"{PREFIX}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise BrokenPlugin(f"--impl-file {path} is no Python file (its name must end in .py)")
     module: ModuleType = importlib.util.module_from_spec(spec)
+    # dataclasses, pickle and torch.compile look a module up by its name
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise BrokenPlugin(
             f"--impl-file {path}, line {_line_in(error, path)}: {type(error).__name__}: {error}"
         ) from error
@@ -86,7 +112,7 @@ def _load_file(path: Path) -> Plugin:
     return Plugin(name=path.stem, source=str(path), offer=module, is_file=True)
 
 
-def _line_in(error: Exception, path: Path) -> int | str:
+def _line_in(error: BaseException, path: Path) -> int | str:
     """The last line of this file that the error went through."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return error.lineno or "?"
@@ -102,7 +128,67 @@ def _load_entry(entry: importlib.metadata.EntryPoint) -> Plugin:
     source = f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else entry.value
     try:
         offer = entry.load()
-    except Exception as error:
-        return Plugin(name=entry.name, source=source, problem=f"{type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:
+        return Plugin(name=entry.name, source=source, problem=first_line(error))
     problem = "" if hasattr(offer, "IMPLEMENTATIONS") else f"{entry.value} has no IMPLEMENTATIONS"
     return Plugin(name=entry.name, source=source, offer=offer, problem=problem)
+
+
+def offered(name: str, module: Any) -> Mapping[str, tuple[Implementation, ...]]:
+    """Operator -> what a module has for it; ValueError where it names none."""
+    found = getattr(module, "IMPLEMENTATIONS", None)
+    if found is None:
+        return {}
+    if isinstance(found, Mapping):
+        return found
+    if not isinstance(getattr(module, "IMPLEMENTS", None), str):
+        raise ValueError(f'{name}.py must name its operator (IMPLEMENTS = "topk")')
+    return {module.IMPLEMENTS: found}
+
+
+def join(offers: dict[str, dict[str, Implementation]], plugin: Plugin) -> str:
+    """Add what a plug-in offers to `offers`, all or nothing; why not, or an empty text."""
+    try:
+        brought = offered(plugin.name, plugin.offer)
+    except ValueError as error:
+        return str(error)
+    joined = {}
+    for name, parts in brought.items():
+        if name not in offers:
+            return f"there is no operator {name!r} (known: {', '.join(offers)})"
+        if not isinstance(parts, tuple | list):
+            return f"{name}: {parts!r} must be a tuple (write a comma behind a single one)"
+        joined[name] = dict(offers[name])
+        for part in parts:
+            problem = _misfit(joined[name], part)
+            if problem:
+                return f"{name}: {problem}"
+            joined[name][part.name] = _guarded(part)
+    offers |= joined
+    return ""
+
+
+def _misfit(offer: Mapping[str, Implementation], part: object) -> str:
+    """Why this can't be one more implementation beside these, or an empty text."""
+    if not isinstance(part, Implementation):
+        return f"{part!r} is no Implementation (from dsa_bench.operator)"
+    if not isinstance(part.name, str) or not NAME.fullmatch(part.name):
+        return f"{part.name!r} is no name (letters, digits, '_', '-' and '.', not auto or all)"
+    if part.name in offer:
+        return f"there is an implementation {part.name!r} already (choose another name)"
+    return ""
+
+
+def _guarded(part: Implementation) -> Implementation:
+    """The same with a `supports` that never raises: what others wrote must not end a plan."""
+
+    def supports(shape: Any, machine: Machine) -> str | None:
+        try:
+            reason = part.supports(shape, machine)
+        except Exception as error:
+            return f"supports of {part.name} raised {first_line(error)}"
+        if reason is None or isinstance(reason, str):
+            return reason
+        return f"supports of {part.name} gave {reason!r} (it must give None or a reason)"
+
+    return dataclasses.replace(part, supports=supports)

@@ -82,7 +82,7 @@ def with_plugins(known: Catalogue, found: Iterable[Plugin]) -> Catalogue:
     offers = {name: dict(offer) for name, offer in known.implementations.items()}
     listed = []
     for plugin in found:
-        problem = plugin.problem or _join(offers, plugin)
+        problem = plugin.problem or plugins.join(offers, plugin)
         if problem and plugin.is_file:
             raise UsageError(f"--impl-file {plugin.source}: {problem}")
         listed.append(dataclasses.replace(plugin, problem=problem))
@@ -94,25 +94,6 @@ def with_plugins(known: Catalogue, found: Iterable[Plugin]) -> Catalogue:
         },
         plugins=tuple(listed),
     )
-
-
-def _join(offers: dict[str, dict[str, Implementation]], plugin: Plugin) -> str:
-    """Add what a plug-in offers to `offers`, all or nothing; why not, or an empty text."""
-    try:
-        offered = _offered(plugin.name, plugin.offer)
-    except ValueError as error:
-        return str(error)
-    for name, implementations in offered.items():
-        if name not in offers:
-            return f"there is no operator {name!r} (known: {', '.join(offers)})"
-        for part in implementations:
-            if not isinstance(part, Implementation):
-                return f"{name}: {part!r} is no Implementation (from dsa_bench.operator)"
-            if part.name in offers[name]:
-                return f"{name} has an implementation {part.name!r} already (choose another name)"
-    for name, implementations in offered.items():
-        offers[name] |= {part.name: part for part in implementations}
-    return ""
 
 
 def scan(packages: Iterable[ModuleType]) -> Catalogue:
@@ -141,7 +122,7 @@ def collect(
         name: [_reference(o)] for name, o in operators.items()
     }
     for name, module in modules.items():
-        for operator_name, implementations in _offered(name, module).items():
+        for operator_name, implementations in plugins.offered(name, module).items():
             if operator_name not in offers:
                 raise ValueError(f"{name}.py implements {operator_name!r}, which no module defines")
             offers[operator_name].extend(implementations)
@@ -157,17 +138,6 @@ def collect(
             for name, offer in offers.items()
         },
     )
-
-
-def _offered(name: str, module: Any) -> Mapping[str, tuple[Implementation, ...]]:
-    offered = getattr(module, "IMPLEMENTATIONS", None)
-    if offered is None:
-        return {}
-    if isinstance(offered, Mapping):
-        return offered
-    if not hasattr(module, "IMPLEMENTS"):
-        raise ValueError(f'{name}.py must name its operator (IMPLEMENTS = "topk")')
-    return {module.IMPLEMENTS: offered}
 
 
 def _reference(operator: Operator) -> Implementation:
@@ -200,7 +170,7 @@ def brought_by_files() -> dict[str, tuple[str, ...]]:
     out: dict[str, tuple[str, ...]] = {}
     for plugin in catalogue().plugins:
         if plugin.is_file:
-            for name, offered in _offered(plugin.name, plugin.offer).items():
+            for name, offered in plugins.offered(plugin.name, plugin.offer).items():
                 out[name] = (*out.get(name, ()), *(part.name for part in offered))
     return out
 

@@ -117,16 +117,57 @@ def sparse_decode_wild(inputs: Any) -> Any:
     )  # fmt: skip
 
 
+def _listed(inputs: Any) -> tuple[str, str, Tensor, Tensor]:
+    """Of sparse_prefill or sparse_decode: names of indices and keys, and copies of both, as
+    [queries, topk] and [keys, bytes or elements]."""
+    names = ("topk_indices", "kv") if hasattr(inputs, "kv") else ("topk_slots", "kv_cache")
+    indices, keys = (getattr(inputs, name).clone() for name in names)
+    return *names, indices.view(-1, indices.shape[-1]), keys.view(-1, keys.shape[-1])
+
+
+def _with_indices(change: Callable[[Tensor, int], object]) -> Mutation:
+    """`change` writes to [queries, topk] indices in place; it is told the number of keys."""
+
+    def mutate(inputs: Any) -> Any:
+        name, _, indices, keys = _listed(inputs)
+        change(indices, keys.shape[0])
+        return dataclasses.replace(inputs, **{name: indices.view_as(getattr(inputs, name))})
+
+    return mutate
+
+
+def sparse_short(inputs: Any) -> Any:
+    """topk_lens from 0 to topk, the first 0, the second topk."""
+    name, _, indices, _ = _listed(inputs)
+    rows, topk = indices.shape
+    lens = _ints(0, topk + 1, (rows,), indices.device, 13)
+    lens[0], lens[1 % rows] = 0, topk
+    return dataclasses.replace(inputs, topk_lens=lens.view(getattr(inputs, name).shape[:-1]))
+
+
+def sparse_sink(inputs: Any) -> Any:
+    return dataclasses.replace(inputs, attn_sink=_sink(inputs.q.shape[-2], inputs.q.device))
+
+
+def sparse_unread(inputs: Any) -> Any:
+    """NaN in every key that no entry names."""
+    _, name, indices, keys = _listed(inputs)
+    lens = torch.full_like(indices[:, 0], indices.shape[1])
+    _fill_nan(keys, ~_is_listed(indices, lens, keys.shape[0]))
+    return dataclasses.replace(inputs, **{name: keys.view_as(getattr(inputs, name))})
+
+
 def nan_in_query(query: int, inputs: Any) -> Any:
     """NaN in a key of sparse_prefill or sparse_decode that this query lists, and no other."""
-    names = ("topk_indices", "kv") if hasattr(inputs, "kv") else ("topk_slots", "kv_cache")
-    listed, rows = (getattr(inputs, name).clone() for name in names)
-    by_query, keys = listed.view(-1, listed.shape[-1]), rows.view(-1, rows.shape[-1])
-    wrong = by_query[query, 3 % listed.shape[-1]].clone()
-    is_other = torch.arange(len(by_query), device=listed.device) != query
-    by_query[is_other[:, None] & (by_query == wrong)] = -1
+    indices_name, keys_name, indices, keys = _listed(inputs)
+    wrong = indices[query, 3 % indices.shape[1]].clone()
+    is_other = torch.arange(len(indices), device=indices.device) != query
+    indices[is_other[:, None] & (indices == wrong)] = -1
     _fill_nan(keys, wrong.long()[None])
-    return dataclasses.replace(inputs, **dict(zip(names, (listed, rows), strict=True)))
+    changed = {indices_name: indices, keys_name: keys}
+    return dataclasses.replace(
+        inputs, **{name: x.view_as(getattr(inputs, name)) for name, x in changed.items()}
+    )
 
 
 def _fill_nan(rows: Tensor, where: Tensor) -> None:
@@ -295,4 +336,20 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
     "paged_indexer": {"ragged": paged_indexer_ragged},
     "page_slots": {"wild": page_slots_wild},
     "topk": {kind: topk_rows(kind) for kind in TOPK_ROWS},
+}
+
+SPARSE_SINGLE: dict[str, Mutation] = {
+    "repeated": _with_indices(lambda x, _: x[:, 1::2].copy_(x[:, : x.shape[1] // 2 * 2 : 2])),
+    "empty-rows": _with_indices(lambda x, _: x[::3].fill_(-1)),
+    "gaps": _with_indices(lambda x, _: x[:, ::2].fill_(-1)),
+    "short": sparse_short,
+    "sink": sparse_sink,
+    "unread-nan": sparse_unread,
+    "invalid": _with_indices(lambda x, num_keys: x.copy_(_spoil(x, num_keys))),
+}
+"""One hostility at a time, the mildest first: what an implementation lacks then hides no other."""
+
+SINGLE: dict[str, dict[str, Mutation]] = {
+    "sparse_prefill": SPARSE_SINGLE,
+    "sparse_decode": SPARSE_SINGLE,
 }
