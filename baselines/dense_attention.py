@@ -140,17 +140,17 @@ def make_inputs(
     heads, width = shape.num_heads, shape.head_dim_qk
     if shape.is_prefill:
         return DensePrefillInputs(
-            _make_tensor(shape.seq_len_q, heads, width, generator=g),
-            _make_tensor(shape.seq_len_kv, heads, width, generator=g),
-            _make_tensor(shape.seq_len_kv, heads, shape.head_dim_v, generator=g),
+            make_tensor(shape.seq_len_q, heads, width, generator=g),
+            make_tensor(shape.seq_len_kv, heads, width, generator=g),
+            make_tensor(shape.seq_len_kv, heads, shape.head_dim_v, generator=g),
             shape.sm_scale,
         )
-    q = _make_tensor(shape.batch_size, shape.seq_len_q, heads, width, generator=g)
-    kv = _make_tensor(shape.batch_size, shape.seq_len_kv, width, generator=g)
+    q = make_tensor(shape.batch_size, shape.seq_len_q, heads, width, generator=g)
+    kv = make_tensor(shape.batch_size, shape.seq_len_kv, width, generator=g)
     return DenseDecodeInputs(q, kv, shape.sm_scale, shape.head_dim_v)
 
 
-def _make_tensor(rows: int, *dims: int, generator: torch.Generator) -> Tensor:
+def make_tensor(rows: int, *dims: int, generator: torch.Generator) -> Tensor:
     """`make_attention_tensor` in parts: in fp32 the keys of 128K tokens would take 13 GB."""
     out = torch.empty(rows, *dims, dtype=torch.bfloat16, device=generator.device)
     offset = make_offset(generator)
@@ -164,16 +164,16 @@ def reference(inputs: DenseInputs, *, rows: Tensor | None = None) -> DenseOutput
 
     A row is a query in prefill, a sequence in decode.
     """
-    return _attend_rows(inputs, rows, torch.float32, _attend_chunk)
+    return attend_rows(inputs, rows, torch.float32, _attend_chunk)
 
 
 def plain(inputs: DenseInputs, *, rows: Tensor | None = None) -> DenseOutputs:
     """The same in bf16: the measure of a kernel's error."""
-    return _attend_rows(inputs, rows, torch.bfloat16, _attend_chunk_plain)
+    return attend_rows(inputs, rows, torch.bfloat16, _attend_chunk_plain)
 
 
-def _attend_rows(
-    inputs: DenseInputs, rows: Tensor | None, dtype: torch.dtype, attend_chunk: "_AttendChunk"
+def attend_rows(
+    inputs: DenseInputs, rows: Tensor | None, dtype: torch.dtype, attend_chunk: "AttendChunk"
 ) -> DenseOutputs:
     every = torch.arange(inputs.q.shape[0], device=inputs.q.device)
     rows = every if rows is None else rows
@@ -198,26 +198,26 @@ def _attend_rows(
     return DenseOutputs(out, lse)
 
 
-class _Attended(NamedTuple):
+class Attended(NamedTuple):
     out: Tensor
     lse: Tensor
 
 
-_AttendChunk = Callable[[Tensor, Tensor, Tensor, Tensor, float], _Attended]
+AttendChunk = Callable[[Tensor, Tensor, Tensor, Tensor, float], Attended]
 """q [rows, heads, …], k and v [keys, heads, …], hidden [rows, 1, keys], sm_scale."""
 
 
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sm_scale: float) -> _Attended:
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sm_scale: float) -> Attended:
     logits = torch.einsum("qhd,khd->qhk", q, k) * sm_scale
     logits.masked_fill_(hidden, float("-inf"))
     lse = torch.logsumexp(logits, -1)
     weights = logits.sub_(lse.unsqueeze(-1)).exp_()
-    return _Attended(torch.einsum("qhk,khd->qhd", weights, v), lse)
+    return Attended(torch.einsum("qhk,khd->qhd", weights, v), lse)
 
 
 def _attend_chunk_plain(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sm_scale: float
-) -> _Attended:
+) -> Attended:
     """Scaled queries, logits, weights and output are each rounded to bf16.
 
     torch's own attention scales the queries too, which shifts lse more than rounded logits do.
@@ -226,7 +226,7 @@ def _attend_chunk_plain(
     logits.masked_fill_(hidden.transpose(0, 1), float("-inf"))
     lse = logits.float().logsumexp(-1)
     out = torch.matmul(logits.softmax(-1), v.transpose(0, 1))
-    return _Attended(out.transpose(0, 1), lse.T)
+    return Attended(out.transpose(0, 1), lse.T)
 
 
 def _attend(
@@ -236,8 +236,8 @@ def _attend(
     num_visible: Tensor,
     sm_scale: float,
     dtype: torch.dtype = torch.float32,
-    attend_chunk: _AttendChunk = _attend_chunk,
-) -> _Attended:
+    attend_chunk: AttendChunk = _attend_chunk,
+) -> Attended:
     """Row i of q [rows, heads, …] over the keys 0 … num_visible[i] - 1, in bounded memory.
 
     k and v are [keys, heads, …].
@@ -257,7 +257,7 @@ def _attend(
             hidden = positions >= num_visible[row, None, None]
             part = attend_chunk(q[row, head].to(dtype), keys, values, hidden, sm_scale)
             out[row, head], lse[row, head] = part
-    return _Attended(out, lse)
+    return Attended(out, lse)
 
 
 def check(

@@ -27,7 +27,17 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
-from dsa_bench.expect import expect_same_device, expect_tensor
+from dsa_bench.baselines.dense_attention_arguments import (
+    HEAD_DIM_QK,
+    HEAD_DIM_V,
+    HEAD_DIM_V_MHA,
+    NOPE,
+    ROPE,
+    check_decode,
+    check_prefill,
+    num_sms,
+    obstacle_of_widths,
+)
 from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.operator import Implementation, Machine
@@ -37,17 +47,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 NO_MAXIMUM = tl.constexpr(-1e30)
 """Running maximum before the first key; finite, so that no difference of two is NaN."""
 
-NOPE, ROPE = 128, 64
-HEAD_DIM_QK_MHA, HEAD_DIM_V_MHA = NOPE + ROPE, 128
 HALF = 256
-HEAD_DIM_QK, HEAD_DIM_V = 2 * HALF + ROPE, 2 * HALF
 
 BLOCK_H, BLOCK_KV = 64, 64
 """Tile of the decode kernel: q and two stages of keys take 221 of 227 KB of shared memory."""
 SPLIT_COST_BLOCKS = 4
 """What a part costs beside its keys (load q, write and join fp32 partials), in blocks of keys."""
-NUM_SMS_H100 = 132
-"""What the choice of parts assumes where there is no GPU to ask."""
 
 
 @triton.jit
@@ -229,26 +234,6 @@ def choose_config(*, batch_size: int, num_rows: int, seq_len_kv: int, num_sms: i
     return DecodeConfig(num_splits=min(range(1, most + 1), key=time))
 
 
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return NUM_SMS_H100
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _expect_contiguous(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {tensor.stride()} (pass x.contiguous())"
-            )
-
-
-def _expect_causal(seq_len_q: int, seq_len_kv: int) -> None:
-    """The queries are the last tokens of the keys, so the first of them must see one."""
-    if seq_len_q > seq_len_kv:
-        raise ValueError(f"seq_len_q {seq_len_q} must be at most seq_len_kv {seq_len_kv}")
-
-
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float, config: PrefillConfig | None = None
 ) -> DenseOutputs:
@@ -260,25 +245,8 @@ def prefill(
         v: [seq_len_kv, num_heads, 128] bf16.
     """
     config = config or PrefillConfig()
-    expect_tensor(
-        "q", q, torch.bfloat16, seq_len_q=None, num_heads=None, head_dim_qk=HEAD_DIM_QK_MHA
-    )
-    seq_len_q, num_heads, _ = q.shape
-    expect_tensor(
-        "k", k, torch.bfloat16, seq_len_kv=None, num_heads=num_heads, head_dim_qk=HEAD_DIM_QK_MHA
-    )
-    seq_len_kv = k.shape[0]
-    expect_tensor(
-        "v",
-        v,
-        torch.bfloat16,
-        seq_len_kv=seq_len_kv,
-        num_heads=num_heads,
-        head_dim_v=HEAD_DIM_V_MHA,
-    )
-    expect_same_device(q=q, k=k, v=v)
-    _expect_contiguous(q=q, k=k, v=v)
-    _expect_causal(seq_len_q, seq_len_kv)
+    check_prefill(q, k, v)
+    (seq_len_q, num_heads, _), seq_len_kv = q.shape, k.shape[0]
     out = q.new_empty(seq_len_q, num_heads, HEAD_DIM_V_MHA)
     lse = torch.empty(seq_len_q, num_heads, device=q.device)
     if not q.numel():
@@ -310,29 +278,15 @@ def decode(
         q: [batch_size, seq_len_q, num_heads, 576] bf16, contiguous, as is the other.
         kv: [batch_size, seq_len_kv, 576] bf16.
     """
-    expect_tensor(
-        "q",
-        q,
-        torch.bfloat16,
-        batch_size=None,
-        seq_len_q=None,
-        num_heads=None,
-        head_dim_qk=HEAD_DIM_QK,
-    )
+    check_decode(q, kv)
     batch_size, seq_len_q, num_heads, _ = q.shape
-    expect_tensor(
-        "kv", kv, torch.bfloat16, batch_size=batch_size, seq_len_kv=None, head_dim_qk=HEAD_DIM_QK
-    )
-    expect_same_device(q=q, kv=kv)
-    _expect_contiguous(q=q, kv=kv)
-    _expect_causal(seq_len_q, kv.shape[1])
     out = q.new_empty(batch_size, seq_len_q, num_heads, HEAD_DIM_V)
     lse = torch.empty(batch_size, seq_len_q, num_heads, device=q.device)
     if not q.numel():
         return DenseOutputs(out, lse)
     num_rows = seq_len_q * num_heads
     config = config or choose_config(
-        batch_size=batch_size, num_rows=num_rows, seq_len_kv=kv.shape[1], num_sms=_num_sms(q.device)
+        batch_size=batch_size, num_rows=num_rows, seq_len_kv=kv.shape[1], num_sms=num_sms(q.device)
     )
     splits = config.num_splits
     part = torch.empty(splits, *out.shape, device=q.device) if splits > 1 else out
@@ -361,14 +315,7 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
 def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
     if machine.device != "cuda" or not machine.is_hopper:
         return "triton dense_attention needs a Hopper GPU (its tiles fill 222 KB of shared memory)"
-    widths = (shape.head_dim_qk, shape.head_dim_v)
-    form = (HEAD_DIM_QK_MHA, HEAD_DIM_V_MHA) if shape.is_prefill else (HEAD_DIM_QK, HEAD_DIM_V)
-    if widths != form:
-        return (
-            f"triton dense_attention needs head widths {form[0]}/{form[1]} in {shape.phase},"
-            f" this case has {widths[0]}/{widths[1]}"
-        )
-    return None
+    return obstacle_of_widths("triton", shape)
 
 
 IMPLEMENTS = "dense_attention"

@@ -4,6 +4,8 @@ Prefill calls `flash_attn_func`: causal there means aligned to the end of the ke
 Decode is its MLA form: the rotated 64 columns go in as q and k, the other 512 as qv and v, and the
 scores are q · k + qv · v; k and v are views of the same rows (their strides, 1152 bytes, are
 multiples of 16 as TMA wants them).
+In fp8 it does prefill alone here: e4m3 with one descale a head, [batch_size, num_heads] in their
+words, bf16 out; their MLA form takes no fp8.
 Their lse is [batch_size, num_heads, seq_len_q], natural: transposed here as a view.
 """
 
@@ -21,6 +23,7 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
+from dsa_bench.baselines.dense_attention_fp8 import Fp8PrefillInputs
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
@@ -79,13 +82,43 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
     return decode(inputs.q, inputs.kv, head_dim_v=inputs.head_dim_v, sm_scale=inputs.sm_scale)
 
 
+@torch.no_grad()
+def run_fp8(inputs: Fp8PrefillInputs, /) -> DenseOutputs:
+    """MHA form over e4m3 tensors."""
+    scales = {"q": inputs.q_scale, "k": inputs.k_scale, "v": inputs.v_scale}
+    out, lse = load().flash_attn_func(
+        inputs.q.unsqueeze(0),
+        inputs.k.unsqueeze(0),
+        inputs.v.unsqueeze(0),
+        softmax_scale=inputs.sm_scale,
+        causal=True,
+        return_attn_probs=True,
+        **{f"{name}_descale": scale.unsqueeze(0) for name, scale in scales.items()},
+    )
+    return DenseOutputs(out[0], lse[0].transpose(0, 1))
+
+
 def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
     if machine.device != "cuda" or not machine.is_hopper:
         return "flash_attn_3 needs a Hopper GPU (compute capability 9.0)"
     return LIBRARY.obstacle()
 
 
-IMPLEMENTS = "dense_attention"
-IMPLEMENTATIONS = (
-    Implementation(name="flash_attn_3", run=run, supports=supports, library=LIBRARY, priority=40),
-)
+def supports_fp8(shape: DenseAttentionShape, machine: Machine) -> str | None:
+    if machine.device == "cuda" and machine.is_hopper and not shape.is_prefill:
+        return "flash_attn_3 has no fp8 decode in the MQA form (flash_mla has)"
+    return supports(shape, machine)
+
+
+IMPLEMENTATIONS = {
+    "dense_attention": (
+        Implementation(
+            name="flash_attn_3", run=run, supports=supports, library=LIBRARY, priority=40
+        ),
+    ),
+    "dense_attention_fp8": (
+        Implementation(
+            name="flash_attn_3", run=run_fp8, supports=supports_fp8, library=LIBRARY, priority=40
+        ),
+    ),
+}

@@ -1,4 +1,5 @@
-"""FlashMLA, DeepSeek's CUDA kernels for Hopper: sparse prefill, sparse decode, dense decode.
+"""FlashMLA, DeepSeek's CUDA kernels for Hopper: sparse prefill, sparse decode, dense decode in bf16
+and, in the wheel alone, in fp8.
 
 The package `flash_mla` is built from source; the same kernels come as a wheel inside
 `sglang-kernel`, as one library of operators, which is loaded by itself: nothing else of that
@@ -34,6 +35,7 @@ from dsa_bench.baselines.dense_attention import (
     DenseDecodeInputs,
     DenseOutputs,
 )
+from dsa_bench.baselines.dense_attention_fp8 import Fp8DecodeInputs
 from dsa_bench.kernels.sparse_decode import (
     SparseDecodeInputs,
     SparseDecodeOutputs,
@@ -50,7 +52,7 @@ from dsa_bench.operator import Implementation, Machine, Unsupported
 PAGE_SIZE = 64
 HEADS_TAKEN = (64, 128)
 PREFILL_TOPK_MULTIPLE, DECODE_TOPK_MULTIPLE = 128, 64
-BASE_2_MODULE = "sgl_kernel"
+WHEEL_MODULE = "sgl_kernel"
 WHEEL_FILE = "flashmla_ops.abi3.so"
 
 
@@ -78,7 +80,7 @@ LIBRARY = Library(
 @cache
 def gives_base_2() -> bool:
     """Whether max_logits and lse of prefill come to base 2."""
-    return LIBRARY.found() == BASE_2_MODULE
+    return LIBRARY.found() == WHEEL_MODULE
 
 
 class Schedule(NamedTuple):
@@ -182,6 +184,31 @@ def dense_decode(inputs: DenseDecodeInputs, /) -> DenseOutputs:
     return DenseOutputs(out, lse.transpose(1, 2))
 
 
+@torch.no_grad()
+def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
+    """As `dense_decode` over e4m3, one descale for all queries and one for all keys and values."""
+    batch_size, seq_len_kv, width = inputs.kv.shape
+    seq_len_q, heads = inputs.q.shape[1:3]
+    block_table, seq_lens = _pages(batch_size, seq_len_kv, inputs.kv.device)
+    key = ("dense fp8", inputs.q.device, *inputs.q.shape, seq_len_kv)
+    if key not in _schedules:
+        made = ops().get_mla_decoding_metadata_dense_fp8(seq_lens, seq_len_q * heads, 1)
+        _schedules[key] = Schedule(*made)
+    out, lse = ops().fwd_kvcache_mla_fp8(
+        inputs.q,
+        inputs.kv.view(-1, PAGE_SIZE, 1, width),
+        inputs.head_dim_v,
+        seq_lens,
+        block_table,
+        inputs.sm_scale,
+        True,
+        *_schedules[key],
+        inputs.q_scale,
+        inputs.kv_scale,
+    )
+    return DenseOutputs(out, lse.transpose(1, 2))
+
+
 def _needs_hopper(machine: Machine) -> str | None:
     if machine.device != "cuda" or not machine.is_hopper:
         return "flash_mla needs a Hopper GPU (compute capability 9.0)"
@@ -231,6 +258,16 @@ def _supports_dense_decode(shape: DenseAttentionShape, machine: Machine) -> str 
     return LIBRARY.obstacle()
 
 
+def _supports_dense_decode_fp8(shape: DenseAttentionShape, machine: Machine) -> str | None:
+    reason = _supports_dense_decode(shape, machine)
+    if reason is None and LIBRARY.found() != WHEEL_MODULE:
+        return (
+            "the package flash_mla has no dense decode in fp8, the wheel has"
+            " (uninstall flash_mla, and pip install sglang-kernel)"
+        )
+    return reason
+
+
 IMPLEMENTATIONS = {
     "sparse_prefill": (
         Implementation(
@@ -255,6 +292,15 @@ IMPLEMENTATIONS = {
             name="flash_mla",
             run=dense_decode,
             supports=_supports_dense_decode,
+            library=LIBRARY,
+            priority=35,
+        ),
+    ),
+    "dense_attention_fp8": (
+        Implementation(
+            name="flash_mla",
+            run=dense_decode_fp8,
+            supports=_supports_dense_decode_fp8,
             library=LIBRARY,
             priority=35,
         ),

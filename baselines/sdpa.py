@@ -1,4 +1,4 @@
-"""torch's own attention kernels: cuDNN and flash on CUDA, the flash kernel of the CPU.
+"""torch's own attention kernels: cuDNN, flash, memory-efficient on CUDA, flash of the CPU.
 
 torch's `is_causal` is aligned to the first key where a chunk of queries wants it aligned to the
 last, and its kernels differ in what they do about it:
@@ -8,6 +8,9 @@ last, and its kernels differ in what they do about it:
               there are no keys before.
 `sdpa_flash`  prefill. Causal to the last key, but one head width for all: values are padded from
               128 to 192 columns inside the timed call, a third of the value product is wasted.
+`sdpa_efficient`
+              prefill. Takes both widths and, by its inner operator, the mask to the last key; made
+              of instructions older than Hopper's. Its lse has rows up to a multiple of 32.
 `sdpa`        both phases on a CPU, one head width too. Prefill pads as `sdpa_flash` and splits as
               `sdpa_cudnn`. In decode all heads are queries of one head whose keys are also its
               values; the last 64 columns of its output are dropped.
@@ -32,7 +35,9 @@ from dsa_bench.baselines.dense_attention import (
 from dsa_bench.operator import Implementation, Machine
 
 MIN_CAPABILITY = (8, 0)
-"""Compute capability that torch's flash kernel needs."""
+"""Compute capability that torch's flash kernel needs, and bf16 in the memory-efficient one."""
+CAUSAL_TO_THE_END = 2
+"""`custom_mask_type` of the memory-efficient kernel."""
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 """(q, k, v of [rows, heads, width], is_causal to the first key, sm_scale) -> out, lse."""
@@ -101,6 +106,26 @@ def run_flash(inputs: DensePrefillInputs, /) -> DenseOutputs:
 
 
 @torch.no_grad()
+def run_efficient(inputs: DensePrefillInputs, /) -> DenseOutputs:
+    """`_scaled_dot_product_efficient_attention` can only be causal to the first key."""
+    out, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        inputs.q.unsqueeze(0),
+        inputs.k.unsqueeze(0),
+        inputs.v.unsqueeze(0),
+        None,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        CAUSAL_TO_THE_END,
+        compute_log_sumexp=True,
+        scale=inputs.sm_scale,
+    )
+    return DenseOutputs(out[0], lse[0, :, : inputs.q.shape[0]].transpose(0, 1))
+
+
+@torch.no_grad()
 def run_cpu(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return _prefill_in_two_parts(inputs, _attend_cpu)
@@ -144,6 +169,17 @@ def _supports_flash(shape: DenseAttentionShape, machine: Machine) -> str | None:
     return None
 
 
+def _supports_efficient(shape: DenseAttentionShape, machine: Machine) -> str | None:
+    if machine.device != "cuda" or (machine.capability or (0, 0)) < MIN_CAPABILITY:
+        return "sdpa_efficient needs a CUDA GPU of compute capability 8.0 or higher"
+    if not shape.is_prefill:
+        return (
+            "sdpa_efficient gives all keys of 64 rows to one program, which leaves most of a GPU"
+            " idle in decode: only its prefill is here"
+        )
+    return None
+
+
 def _supports_cpu(shape: DenseAttentionShape, machine: Machine) -> str | None:
     if machine.device != "cpu":
         return "sdpa runs on the CPU (on CUDA take sdpa_cudnn or sdpa_flash)"
@@ -154,5 +190,8 @@ IMPLEMENTS = "dense_attention"
 IMPLEMENTATIONS = (
     Implementation(name="sdpa_cudnn", run=run_cudnn, supports=_supports_cudnn, priority=30),
     Implementation(name="sdpa_flash", run=run_flash, supports=_supports_flash, priority=10),
+    Implementation(
+        name="sdpa_efficient", run=run_efficient, supports=_supports_efficient, priority=5
+    ),
     Implementation(name="sdpa", run=run_cpu, supports=_supports_cpu, priority=10),
 )

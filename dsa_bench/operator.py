@@ -132,3 +132,5 @@ class Operator:
     """
     finite: tuple[str, ...] = ()
     """Outputs that have no NaN and no infinity in any row, those that nobody compares included."""
+    precisions: tuple[str, ...] = ("bf16", "fp8")
+    """Those of the axis `precision` that it computes in."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dsa_bench import measure, registry, sweep
+from dsa_bench.contest import BESIDE
 from dsa_bench.operator import Machine, Operator, Unsupported, UsageError
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
@@ -14,7 +15,7 @@ from dsa_bench.sweep import FLAGS, Planned, Sweep, unknown
 AUTO = "auto"
 ALL = "all"
 # the report's "dense" is the fastest of all that run here, so `auto` takes each of them
-ALL_OF = frozenset({"dense_attention"})
+ALL_OF = frozenset({"dense_attention"}) | BESIDE
 
 Impl = str | dict[str, str]
 
@@ -108,19 +109,25 @@ def _implementations(
         if name == ALL:
             yield from ((each, "") for each in known if each != registry.REFERENCE)
         elif name == AUTO:
-            yield from ((each, "") for each in _auto(case, machine))
+            yield from _auto(case, machine)
         elif name in known:
             yield name, ""
 
 
-def _auto(case: Case, machine: Machine) -> list[str]:
+def _auto(case: Case, machine: Machine) -> list[tuple[str, str]]:
     preset = PRESETS[case.preset]
-    if case.op in ALL_OF:
-        try:
-            return registry.available(case.op, case, preset, machine)
-        except Unsupported:
-            return [registry.REFERENCE]
-    return [str(registry.choose(case.op, case, preset, machine))]
+    if case.op not in ALL_OF:
+        return [(str(registry.choose(case.op, case, preset, machine)), "")]
+    try:
+        names = registry.available(case.op, case, preset, machine)
+    except Unsupported:
+        names = [registry.REFERENCE]
+    else:
+        # nobody runs dense attention that way on a GPU, and it would take hours
+        if case.op in BESIDE and machine.device == "cuda" and names == [registry.REFERENCE]:
+            why = "; ".join(registry.obstacles(case.op, case, preset, machine))
+            return [(registry.REFERENCE, f"only the reference can do this here: {why}")]
+    return [(name, "") for name in names]
 
 
 def _compositions(

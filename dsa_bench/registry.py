@@ -288,6 +288,17 @@ def available(op_name: str, case: Case, preset: Preset, machine: Machine) -> lis
     return _available(op_name, (operator(op_name).shape(case, preset),), machine)
 
 
+def obstacles(op_name: str, case: Case, preset: Preset, machine: Machine) -> list[str]:
+    """Why each implementation but `reference` cannot run this case, the best first."""
+    shape = operator(op_name).shape(case, preset)
+    reasons = [
+        part.supports(shape, machine)
+        for name, part in reversed(implementations(op_name).items())
+        if name != REFERENCE
+    ]
+    return [reason for reason in reasons if reason is not None]
+
+
 def _available(op_name: str, shapes: tuple[Any, ...], machine: Machine) -> list[str]:
     able = [
         name
@@ -357,7 +368,7 @@ def _listed_reason(owner: Operator, part: Implementation, machine: Machine) -> s
     reasons = [
         _common_reason(owner, part, machine, phase, precision)
         for phase in owner.phases
-        for precision in ("bf16", "fp8")[: 2 if "precision" in owner.axes else 1]
+        for precision in (owner.precisions if "precision" in owner.axes else ("bf16",))
     ]
     return None if None in reasons else reasons[0]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsa_bench.contest import CONTESTS
 from dsa_bench.operator import Operator, UsageError
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import (
@@ -244,7 +245,7 @@ def resolve(name: str, *layers: Layer) -> Sweep:
     names = {f.name for f in fields(Axes)}
     return Sweep(
         name=name,
-        ops=common["op"],
+        ops=common["op"] if any("op" in each.table for each in layers) else _default_ops(merged),
         impls=common["impl"],
         phases={
             phase: Axes(**{key: value for key, value in merged[phase].items() if key in names})
@@ -253,6 +254,15 @@ def resolve(name: str, *layers: Layer) -> Sweep:
         preset=common["preset"],
         seed=common["seed"],
     )
+
+
+def _default_ops(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """The operators of a run that names none: fp8 is compared with dense attention in fp8 too."""
+    common = settings[PHASES[0]]
+    ops: tuple[str, ...] = common["op"]
+    if not any("fp8" in settings[phase]["precision"] for phase in common["phase"]):
+        return ops
+    return (*ops, *(op for contest in CONTESTS if contest.dense in ops for op in contest.beside))
 
 
 def shipped() -> dict[str, Path]:
@@ -310,7 +320,7 @@ def _points(
     heads = axes.num_heads if "num_heads" in own else ()
     product = itertools.product(
         axes.topk if "topk" in own else (None,),
-        axes.precision if "precision" in own else ("bf16",),
+        _precisions(operator, axes),
         axes.batch_size if "batch_size" in own and phase == "decode" else (1,),
         axes.seq_len_q,
         heads or (PRESETS[sweep.preset].num_heads,),
@@ -339,6 +349,14 @@ def _points(
             inputs=inputs,
             weights=axes.weights if "weights" in own else "",
         )
+
+
+def _precisions(operator: Operator, axes: Axes) -> tuple[str, ...]:
+    """Those asked for that it computes in; where there is none all, to be skipped with a reason."""
+    if "precision" not in operator.axes:
+        return ("bf16",)
+    able = tuple(name for name in axes.precision if name in operator.precisions)
+    return able or axes.precision
 
 
 def reproduce(case: Case, *, device: str, effort: str = "quick") -> str:

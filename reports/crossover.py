@@ -9,7 +9,7 @@ import pandas as pd
 
 from dsa_bench.contest import CONTESTS, SPARSE, Contest
 from dsa_bench.record import AUTO_MODE, RANDOM_INPUTS
-from dsa_bench.reports import frame, naming
+from dsa_bench.reports import beside, frame, naming
 from dsa_bench.reports.units import format_length, format_ratio
 
 HEADLINE_TOPK = 2048
@@ -151,7 +151,7 @@ def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) ->
         asked = rows[rows["contest"] == contest.name]
         if asked["op"].isin(contest.sparse).any():
             text, used = _sentence(contest, asked, [c for c in mine if c.contest == contest.name])
-            sentences.append(text)
+            sentences += [text, *beside.sentences(contest, asked, [c.axes for c in used])]
             chosen += used
     sentences[0] = f"On {run_label}, {sentences[0][0].lower()}{sentences[0][1:]}"
     if any(c.flagged for c in chosen):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from dsa_bench.contest import ATTENTION, CONTEST_OF, CONTESTS, DENSE, SPARSE
+from dsa_bench.contest import ATTENTION, BESIDE, CONTEST_OF, CONTESTS, DENSE, SPARSE
 from dsa_bench.record import PHASES
 from dsa_bench.reports import crossover, frame, naming, units
 from dsa_bench.reports.digest import Digest
@@ -24,6 +24,7 @@ PANEL_AXES = ("run_label", *SPLIT_ORDER)
 """Axes that sparse and dense have in common."""
 PHASE_RANKS = {phase: rank for rank, phase in enumerate(PHASES)}
 CONTEST_RANKS = {contest.name: rank for rank, contest in enumerate(CONTESTS)}
+DRAWN_AS_DENSE = DENSE | BESIDE
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 
 
@@ -186,16 +187,16 @@ def slug_of(title: str) -> str:
 def _lines(rows: pd.DataFrame, varying: Sequence[str]) -> list[Line]:
     groups = [group for _, group in rows.groupby(list(frame.AXES), dropna=False, sort=False)]
     firsts = [group.iloc[0] for group in groups]
-    sparse = [f for f in firsts if f["op"] not in DENSE]
+    sparse = [f for f in firsts if f["op"] not in DRAWN_AS_DENSE]
     shown = _telling_axes(sparse, varying)
     color_axis = "topk" if "topk" in shown else (shown[0] if shown else "")
     colors = _ranks(sparse, [color_axis] if color_axis else [])
     styles = _ranks(sparse, [a for a in shown if a != color_axis])
-    dense = _ranks([f for f in firsts if f["op"] in DENSE], ["impl", "precision"])
+    dense = _ranks([f for f in firsts if f["op"] in DRAWN_AS_DENSE], ["impl", "precision"])
     dense_styles = _ranks(firsts, [a for a in varying if a in PANEL_AXES])
     made = []
     for group, first in zip(groups, firsts, strict=True):
-        if first["op"] in DENSE:
+        if first["op"] in DRAWN_AS_DENSE:
             key = (first["impl"], first["precision"])
             role = f"dense{min(dense[key], 2)}"
             style = STYLES[dense_styles[_key(first, [a for a in varying if a in PANEL_AXES])] % 4]
@@ -207,7 +208,7 @@ def _lines(rows: pd.DataFrame, varying: Sequence[str]) -> list[Line]:
             style = STYLES[styles[_key(first, [a for a in shown if a != color_axis])] % 4]
             label = _label(first, tuple(dict.fromkeys(("op", "topk", "precision", *shown))))
         made.append(Line(rows=group, label=label, role=role, style=style))
-    return sorted(made, key=lambda line: line.rows["op"].iloc[0] in DENSE)
+    return sorted(made, key=lambda line: line.rows["op"].iloc[0] in DRAWN_AS_DENSE)
 
 
 def _telling_axes(firsts: Sequence[Any], varying: Sequence[str]) -> list[str]:

@@ -8,12 +8,15 @@ from dsa_bench.record import AUTO_MODE
 OPERATORS = {
     "dsa": "DSA",
     "dense_attention": "dense",
+    "dense_attention_fp8": "dense",
     "dsa_layer": "sparse layer",
     "masked_layer": "masked layer",
     "dense_layer": "dense layer",
 }
 DENSE = {ATTENTION.name: "dense attention", LAYER.name: "the dense layer"}
 """Contest -> the opponent, in a sentence."""
+BESIDE = {ATTENTION.name: "dense attention in FP8"}
+"""Contest -> what is shown beside the opponent, in a sentence."""
 MAX_PARTS = 4
 """Stages of a composition that are all named."""
 

@@ -303,7 +303,8 @@ def test_attention_says_that_its_output_is_finite_in_every_row():
     attention = dict.fromkeys(
         (
             *("sparse_prefill", "sparse_decode", "dsa", "dense_attention"),
-            *("masked_prefill", "dsa_layer", "masked_layer", "dense_layer"),
+            *("dense_attention_fp8", "masked_prefill"),
+            *("dsa_layer", "masked_layer", "dense_layer"),
         ),
         ("out",),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dsa_bench import plan, registry, sweep
+from dsa_bench.contest import BESIDE
 from dsa_bench.operator import Implementation, Machine, Operator, Unsupported, UsageError
 from dsa_bench.sweep import Layer, Planned
 from tests.test_sweep import operator
@@ -177,7 +178,8 @@ def test_planned_survives_json(planned: Plan) -> None:
 @pytest.mark.parametrize("name", ["v3.2", "prefill", "decode", "accuracy"])
 def test_gpu_sweeps_skip_nothing_on_an_h100(name: str) -> None:
     items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
-    assert {item.reason for item in items} == {""}
+    # dense attention in fp8 needs a library, which need not be here
+    assert {item.reason for item in items if item.case.op not in BESIDE} == {""}
     assert len(items) > 10
 
 
@@ -186,3 +188,49 @@ def test_cpu_sweeps_skip_nothing_on_a_cpu(name: str) -> None:
     items = plan.plan(sweep.resolve(name, sweep.load(name)), MACHINE)
     assert {item.reason for item in items} == {""}
     assert {item.case.op for item in items} == {"dsa", "dense_attention"}
+
+
+FP8 = "dense_attention_fp8"
+
+
+def plan_fp8(machine: Machine, **table: Any) -> list[Planned]:
+    """The cases of dense attention in fp8 of a run at L 4K."""
+    layer = Layer(source="", table={"seq_len_kv": "4k", "phase": "prefill"} | table)
+    items = plan.plan(sweep.resolve("test", layer), machine)
+    return [item for item in items if item.case.op == FP8]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16,fp8"])
+def test_a_run_that_names_no_operator_takes_fp8_dense_beside_fp8(precision: str) -> None:
+    items = plan_fp8(MACHINE, precision=precision)
+    assert [(item.case.precision, item.reason) for item in items] == [("fp8", "")]
+    assert plan_fp8(MACHINE, precision="bf16") == []
+    assert plan_fp8(MACHINE, precision=precision, op="dsa,dense_attention") == []
+
+
+def test_fp8_dense_in_bf16_is_skipped_with_the_reason() -> None:
+    (item,) = plan_fp8(MACHINE, precision="bf16", op=FP8)
+    assert "computes in fp8, got precision bf16" in item.reason
+
+
+def test_the_reference_of_fp8_dense_is_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(reason: str | None) -> None:
+        found = registry.catalogue()
+        foreign = {
+            name: dataclasses.replace(part, supports=lambda s, m: reason)
+            for name, part in found.implementations[FP8].items()
+            if name != registry.REFERENCE
+        }
+        parts = {registry.REFERENCE: found.implementations[FP8][registry.REFERENCE]} | foreign
+        fake = dataclasses.replace(found, implementations={**found.implementations, FP8: parts})
+        monkeypatch.setattr(registry, "catalogue", lambda: fake)
+
+    refuse("it is not installed (pip install it)")
+    (item,) = plan_fp8(H100, precision="fp8")
+    assert item.reason.startswith("only the reference can do this here: it is not installed (pip")
+    (item,) = plan_fp8(H100, precision="fp8", op=FP8, impl="reference")
+    assert (item.case.impl, item.reason) == ("reference", "")
+    refuse(None)
+    items = plan_fp8(H100, precision="fp8")
+    assert {item.reason for item in items} == {""}
+    assert {item.case.impl for item in items} == {"flash_attn_3", "flash_mla"}

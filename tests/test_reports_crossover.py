@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsa_bench.record import Case, Record
+from dsa_bench.reports import lines
 from dsa_bench.reports.crossover import crossing
 from dsa_bench.reports.digest import Digest, digest
 from dsa_bench.reports.units import format_ratio
@@ -205,3 +206,53 @@ def test_lines_that_differ_in_one_axis_cross_apart() -> None:
     records += [ok(replace(SPARSE, precision="fp8"), 1.0), ok(replace(SPARSE, impl="triton"), 1.0)]
     report = digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
     assert len(report.crossovers) == 4
+
+
+FP8 = replace(DENSE, op="dense_attention_fp8", precision="fp8")
+
+
+def with_fp8(*more: Record, sparse: str = "fp8") -> Digest:
+    """DSA at 1 s, dense at 4 s in bf16 and 3 s in fp8, at 8K; then what is beside it."""
+    records = [
+        ok(replace(SPARSE, seq_len_kv=8192, precision=sparse), 1.0),
+        ok(replace(DENSE, seq_len_kv=8192), 4.0),
+        *more,
+    ]
+    return digest([FakeRun(path=Path("r"), header=HEADER, records=records)])
+
+
+def test_fp8_dense_is_told_beside_and_counts_for_no_headline() -> None:
+    slower = ok(replace(FP8, seq_len_kv=8192, impl="other"), 3.5)
+    found = with_fp8(ok(replace(FP8, seq_len_kv=8192), 3.0), slower)
+    (text,) = found.headlines
+    assert "beats dense attention (flash_attn_3, bf16) at L = 8K, the only L" in text
+    assert "4.00× as fast. Against dense attention in FP8, which is less exact: " in text  # noqa: RUF001
+    assert "DSA in fp8 is 3.00× as fast in prefill at 8K (flash_attn_3)." in text  # noqa: RUF001
+    (line,) = found.crossovers
+    assert (line.dense, line.last_speedup) == ("flash_attn_3, bf16", 4.0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        # another shape, a suspect time, no time
+        (ok(replace(FP8, seq_len_kv=4096), 3.0),),
+        (replace(ok(replace(FP8, seq_len_kv=8192), 0.5), flags=("below_floor",)),),
+        (Record(case=replace(FP8, seq_len_kv=8192), status="skipped", reason="no library"),),
+    ],
+    ids=["none", "other shape", "suspect", "skipped"],
+)
+def test_without_a_fp8_dense_time_there_is_no_such_sentence(more: tuple[Record, ...]) -> None:
+    (text,) = with_fp8(*more).headlines
+    assert "in FP8" not in text
+    assert "4.00× as fast" in text  # noqa: RUF001
+
+
+def test_fp8_dense_is_drawn_as_dense() -> None:
+    found = with_fp8(ok(replace(FP8, seq_len_kv=8192), 3.0))
+    (panel,) = lines.panels(found.cases)
+    assert [(line.label, line.role[:5]) for line in panel.lines][1:] == [
+        ("dense flash_attn_3 bf16", "dense"),
+        ("dense flash_attn_3 fp8", "dense"),
+    ]

@@ -213,6 +213,8 @@ class TensorDescriptor:
 
     def __init__(self, base: Tensor, block_shape: Sequence[int]) -> None:
         self.base, self.block_shape = base, list(block_shape)
+        # of its block_type, which it is itself
+        self.shape = self.block_shape
         self.layout = None
         self.dtype = base.dtype
         self.block_type = self

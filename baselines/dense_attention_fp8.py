@@ -1,0 +1,279 @@
+"""Dense attention over e4m3 queries, keys and values: the mathematics of `dense_attention`.
+
+A value is its e4m3 number times a fp32 scale, amax / 448, made outside the timed call from the
+bf16 tensors of `dense_attention`. With q̂ = q · q_scale and so on:
+
+    out[i, h] = Σ_n softmax over n of (sm_scale · ⟨q̂[i, h], k̂[n, h]⟩) · v̂[n, h]
+    lse[i, h] = ln Σ_n exp(sm_scale · ⟨q̂[i, h], k̂[n, h]⟩)
+    over n = 0 … seq_len_kv - seq_len_q + i
+
+Prefill, the MHA form of one prompt, has one scale a head:
+    q    [seq_len_q, num_heads, 192]    e4m3     q_scale  [num_heads]  fp32
+    k    [seq_len_kv, num_heads, 192]   e4m3     k_scale  [num_heads]  fp32
+    v    [seq_len_kv, num_heads, 128]   e4m3     v_scale  [num_heads]  fp32
+    out  [seq_len_q, num_heads, 128]    bf16
+    lse  [seq_len_q, num_heads]         fp32     natural logarithm
+
+Decode, the MQA form of a batch, has one scale a tensor:
+    q    [batch_size, seq_len_q, num_heads, 576]  e4m3     q_scale   [1]  fp32
+    kv   [batch_size, seq_len_kv, 576]            e4m3     kv_scale  [1]  fp32
+    out  [batch_size, seq_len_q, num_heads, 512]  bf16     values are kv's first 512 columns
+    lse  [batch_size, seq_len_q, num_heads]       fp32     natural logarithm
+
+Conventions: those of `dense_attention`. The reference starts from the rounded inputs, so what was
+lost when they were rounded is not held against a kernel, and no verdict speaks of it. A kernel
+rounds the weights of the softmax to e4m3 as well, for their product with the values: that is the
+error it is allowed.
+
+Source: FlashAttention-3 (descales of a head), FlashMLA's dense decode in fp8 (one descale).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsa_bench.accuracy import (
+    Check,
+    Tolerance,
+    compare_logs_to_budget,
+    compare_tensors,
+    compare_to_budget,
+)
+from dsa_bench.baselines import dense_attention
+from dsa_bench.baselines.dense_attention import (
+    INPUT_CHUNK_ELEMENTS,
+    Attended,
+    DenseAttentionShape,
+    DenseDecodeInputs,
+    DenseInputs,
+    DenseOutputs,
+    DensePrefillInputs,
+    attend_rows,
+    make_tensor,
+)
+from dsa_bench.kernels.fp8 import E4M3_MAX
+from dsa_bench.operator import Cost, Memory, Operator, Unsupported
+from dsa_bench.preset import Preset
+from dsa_bench.record import Case
+
+SCALE_FLOOR = 1e-12
+"""Of a tensor that is all zeros."""
+E4M3_ROUNDING = 2.0**-4
+"""Largest relative error of one rounding to e4m3, which has three bits behind the leading one."""
+OUT_RELATIVE = 2 * E4M3_ROUNDING
+OUT_COSINE = E4M3_ROUNDING**2 / 2
+"""1 - 2xy / (x² + y²) of tensors that differ by 2^-4 of their length is half the square of that."""
+LSE_FLOOR = 2.0**-11
+"""The weights are summed before they are rounded, so lse has the error of the logits alone. Hopper
+adds fp8 products with some 14 bits; where logits stay below 1 that is at most 4 units of 2^-13."""
+LSE_TOLERANCE = Tolerance(abs=2.0**-9, rel=2.0**-8, cos=1e-5)
+"""A logit that is off by one bf16 rounding, 2^-8 of it, is worse than any sum of fp8 products."""
+SAMPLED_KEYS = 1024
+PARTIAL_RESULTS = 132
+"""Parts, beyond one a sequence, that a decode is split into: an H100 has as many SMs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8PrefillInputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    sm_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8DecodeInputs:
+    q: Tensor
+    kv: Tensor
+    q_scale: Tensor
+    kv_scale: Tensor
+    sm_scale: float
+    head_dim_v: int = 512
+
+
+Fp8Inputs = Fp8PrefillInputs | Fp8DecodeInputs
+
+
+def quantize(x: Tensor, *, per_head: bool) -> tuple[Tensor, Tensor]:
+    """e4m3 values and their scales, amax / 448: [num_heads] of dimension -2, or [1] of all.
+
+    In parts: in fp32 the keys of 128K tokens would take 13 GB.
+    """
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    size = max(1, INPUT_CHUNK_ELEMENTS // math.prod(x.shape[1:]))
+    summed = tuple(d for d in range(x.dim()) if not per_head or d != x.dim() - 2)
+    largest = torch.stack([part.float().abs().amax(summed) for part in x.split(size)]).amax(0)
+    scale = (largest / E4M3_MAX).clamp_min(SCALE_FLOOR)
+    divisor = scale.unsqueeze(-1) if per_head else scale
+    for part, target in zip(x.split(size), values.split(size), strict=True):
+        target.copy_((part.float() / divisor).clamp_(-E4M3_MAX, E4M3_MAX))
+    return values, scale.reshape(-1)
+
+
+def make_inputs(shape: DenseAttentionShape, *, seed: int, device: torch.device | str) -> Fp8Inputs:
+    """The tensors that `dense_attention` makes of this seed, each rounded as soon as it is made."""
+    g = torch.Generator(device=device).manual_seed(seed)
+    heads, width = shape.num_heads, shape.head_dim_qk
+    if shape.is_prefill:
+        q, q_scale = quantize(
+            make_tensor(shape.seq_len_q, heads, width, generator=g), per_head=True
+        )
+        k, k_scale = quantize(
+            make_tensor(shape.seq_len_kv, heads, width, generator=g), per_head=True
+        )
+        v, v_scale = quantize(
+            make_tensor(shape.seq_len_kv, heads, shape.head_dim_v, generator=g), per_head=True
+        )
+        return Fp8PrefillInputs(q, k, v, q_scale, k_scale, v_scale, shape.sm_scale)
+    q, q_scale = quantize(
+        make_tensor(shape.batch_size, shape.seq_len_q, heads, width, generator=g), per_head=False
+    )
+    kv, kv_scale = quantize(
+        make_tensor(shape.batch_size, shape.seq_len_kv, width, generator=g), per_head=False
+    )
+    return Fp8DecodeInputs(q, kv, q_scale, kv_scale, shape.sm_scale, shape.head_dim_v)
+
+
+def _unscaled(inputs: Fp8Inputs) -> tuple[DenseInputs, Tensor]:
+    """The scales of queries and keys put into fp32 queries, and the factor that is left to `out`.
+
+    Keys and values stay e4m3; whoever attends widens them in parts.
+    """
+    q = inputs.q.float()
+    if isinstance(inputs, Fp8PrefillInputs):
+        q *= (inputs.q_scale * inputs.k_scale).unsqueeze(-1)
+        factor = inputs.v_scale.unsqueeze(-1)
+        return DensePrefillInputs(q, inputs.k, inputs.v, inputs.sm_scale), factor
+    q *= inputs.q_scale * inputs.kv_scale
+    return DenseDecodeInputs(q, inputs.kv, inputs.sm_scale, inputs.head_dim_v), inputs.kv_scale
+
+
+def reference(inputs: Fp8Inputs, *, rows: Tensor | None = None) -> DenseOutputs:
+    """The formula in fp32 over the rounded inputs.
+
+    A row is a query in prefill, a sequence in decode.
+    """
+    unscaled, factor = _unscaled(inputs)
+    out, lse = dense_attention.reference(unscaled, rows=rows)
+    return DenseOutputs(out.mul_(factor), lse)
+
+
+def plain(inputs: Fp8Inputs, *, rows: Tensor | None = None) -> DenseOutputs:
+    """The same with the roundings of a fp8 kernel: the measure of its error."""
+    unscaled, factor = _unscaled(inputs)
+    out, lse = attend_rows(unscaled, rows, torch.float32, _attend_chunk_rounded)
+    return DenseOutputs(out.mul_(factor).bfloat16(), lse)
+
+
+def _attend_chunk_rounded(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sm_scale: float
+) -> Attended:
+    """Weights exp(logit - largest) in 0 … 1 are rounded to e4m3 before they meet the values.
+
+    They are not scaled up first, as some kernels do, so that those below 2^-10 are lost. The sum
+    that divides is of weights that are not rounded. Logits are rounded to bf16, which stands for
+    the few bits that sums of fp8 products have.
+    """
+    logits = (torch.einsum("qhd,khd->qhk", q, k) * sm_scale).bfloat16().float()
+    logits.masked_fill_(hidden, float("-inf"))
+    largest = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(-1)
+    rounded = weights.to(torch.float8_e4m3fn).float()
+    out = torch.einsum("qhk,khd->qhd", rounded, v) / total.unsqueeze(-1)
+    return Attended(out, largest.squeeze(-1) + total.log())
+
+
+def out_tolerance(inputs: Fp8Inputs) -> Tolerance:
+    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is about the values'
+    rms over a sample of the keys; and the same share of an element.
+    """
+    if isinstance(inputs, Fp8PrefillInputs):
+        keys, scale = inputs.v, inputs.v_scale.unsqueeze(-1)
+    else:
+        keys, scale = inputs.kv.flatten(0, 1)[:, : inputs.head_dim_v], inputs.kv_scale
+    sample = keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)].float() * scale
+    rms = sample.square().mean().sqrt().item()
+    return Tolerance(abs=OUT_RELATIVE * rms + 1e-30, rel=OUT_RELATIVE, cos=OUT_COSINE)
+
+
+def check(
+    inputs: Fp8Inputs, outputs: DenseOutputs, *, rows: Tensor | None = None
+) -> tuple[Check, ...]:
+    """Both outputs against the fp32 reference: tolerances, and twice the error of `plain`.
+
+    Where the scores are weak all weights of a query lie within one step of e4m3 and are rounded the
+    same way, by 2^-4 at most, or by luck not at all: hence that floor under the budget. `lse` sees
+    a missing key or a wrong scale long before `out` does; it is not checked where there is none.
+    """
+    expected = reference(inputs, rows=rows)
+    low = plain(inputs, rows=rows)
+    out = outputs.out if rows is None else outputs.out[rows]
+    checks = [
+        compare_tensors("out", out, expected.out, out_tolerance(inputs)),
+        compare_to_budget("out_budget", out, expected.out, low.out, floor=E4M3_ROUNDING),
+    ]
+    if outputs.lse is not None:
+        assert expected.lse is not None and low.lse is not None
+        lse = outputs.lse if rows is None else outputs.lse[rows]
+        checks.append(compare_tensors("lse", lse, expected.lse, LSE_TOLERANCE))
+        checks.append(
+            compare_logs_to_budget(
+                "lse_budget", lse, expected.lse, low.lse, absolute_floor=LSE_FLOOR
+            )
+        )
+    return tuple(checks)
+
+
+def cost(shape: DenseAttentionShape) -> Cost:
+    """The FLOP of `dense_attention`; one byte an element of the inputs, and their scales."""
+    heads = shape.queries * shape.num_heads
+    num_scales = 3 * shape.num_heads if shape.is_prefill else 2
+    return Cost(
+        flops=dense_attention.cost(shape).flops,
+        bytes_read=heads * shape.head_dim_qk + shape.kv_elements + 4.0 * num_scales,
+        bytes_written=heads * (2.0 * shape.head_dim_v + 4.0),
+    )
+
+
+def memory(shape: DenseAttentionShape) -> Memory:
+    """Inputs and outputs exactly; in decode the fp32 results of the parts of a split."""
+    needed = cost(shape)
+    parts = (shape.batch_size + PARTIAL_RESULTS) * shape.seq_len_q * shape.num_heads
+    return Memory(
+        input_bytes=int(needed.bytes_read),
+        output_bytes=int(needed.bytes_written),
+        workspace_bytes=0 if shape.is_prefill else 4 * parts * (shape.head_dim_v + 1),
+    )
+
+
+def shape_of(case: Case, preset: Preset) -> DenseAttentionShape:
+    if case.precision != "fp8":
+        raise Unsupported(
+            f"dense_attention_fp8 computes in fp8, got precision {case.precision}"
+            " (add --precision fp8, or take dense_attention)"
+        )
+    return dense_attention.shape_of(dataclasses.replace(case, precision="bf16"), preset)
+
+
+OPERATOR = Operator(
+    name="dense_attention_fp8",
+    summary="dense attention over fp8 queries, keys and values, with fp8 weights",
+    phases=("prefill", "decode"),
+    axes=frozenset({"batch_size", "num_heads", "precision"}),
+    shape=shape_of,
+    make_inputs=make_inputs,
+    reference=reference,
+    check=check,
+    cost=cost,
+    memory=memory,
+    num_rows=dense_attention.OPERATOR.num_rows,
+    finite=("out",),
+    precisions=("fp8",),
+)
