@@ -38,7 +38,8 @@ from dsa_bench.baselines.dense_attention_arguments import (
     num_sms,
     obstacle_of_widths,
 )
-from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
+from dsa_bench.baselines.dense_decode_splits import allocate, choose_num_splits, combine
+from dsa_bench.kernels.combine_splits import MAX_SPLITS
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.operator import Implementation, Machine
 
@@ -216,22 +217,14 @@ class DecodeConfig:
 
 
 def choose_config(*, batch_size: int, num_rows: int, seq_len_kv: int, num_sms: int) -> DecodeConfig:
-    """The fewest parts that minimise waves of programs times (blocks of keys + cost) of a part.
-
-    `num_rows` is seq_len_q · num_heads. An SM runs one program at a time: it takes all the shared
-    memory.
-    """
-    tiles = batch_size * triton.cdiv(num_rows, BLOCK_H)
-    blocks = triton.cdiv(seq_len_kv, BLOCK_KV)
-
-    def time(num_splits: int) -> int:
-        waves = triton.cdiv(tiles * num_splits, num_sms)
-        extra = SPLIT_COST_BLOCKS if num_splits > 1 else 0
-        return int(waves * (triton.cdiv(blocks, num_splits) + extra))
-
-    # more than two waves of parts need more workspace than they save time
-    most = max(1, min(MAX_SPLITS, blocks, 2 * num_sms // tiles))
-    return DecodeConfig(num_splits=min(range(1, most + 1), key=time))
+    """`num_rows` is seq_len_q · num_heads."""
+    num_splits = choose_num_splits(
+        tiles=batch_size * triton.cdiv(num_rows, BLOCK_H),
+        steps=triton.cdiv(seq_len_kv, BLOCK_KV),
+        split_cost=SPLIT_COST_BLOCKS,
+        num_sms=num_sms,
+    )
+    return DecodeConfig(num_splits=num_splits)
 
 
 def prefill(
@@ -280,30 +273,26 @@ def decode(
     """
     check_decode(q, kv)
     batch_size, seq_len_q, num_heads, _ = q.shape
-    out = q.new_empty(batch_size, seq_len_q, num_heads, HEAD_DIM_V)
-    lse = torch.empty(batch_size, seq_len_q, num_heads, device=q.device)
-    if not q.numel():
-        return DenseOutputs(out, lse)
     num_rows = seq_len_q * num_heads
     config = config or choose_config(
         batch_size=batch_size, num_rows=num_rows, seq_len_kv=kv.shape[1], num_sms=num_sms(q.device)
     )
     splits = config.num_splits
-    part = torch.empty(splits, *out.shape, device=q.device) if splits > 1 else out
-    part_lse = torch.empty(splits, *lse.shape, device=q.device) if splits > 1 else lse
+    results = allocate(q, HEAD_DIM_V, splits)
+    if not q.numel():
+        return results.outputs
     rows = q.view(batch_size, num_rows, HEAD_DIM_QK)
     _dense_decode_kernel[(triton.cdiv(num_rows, BLOCK_H), batch_size, splits)](
         TensorDescriptor.from_tensor(rows, [1, BLOCK_H, HALF]),
         TensorDescriptor.from_tensor(rows, [1, BLOCK_H, ROPE]),
         TensorDescriptor.from_tensor(kv, [1, BLOCK_KV, HALF]),
         TensorDescriptor.from_tensor(kv, [1, BLOCK_KV, ROPE]),
-        part, part_lse, seq_len_q, kv.shape[1], num_heads, splits, sm_scale * LOG2_E,
+        results.part, results.part_lse,
+        seq_len_q, kv.shape[1], num_heads, splits, sm_scale * LOG2_E,
         BLOCK_H=BLOCK_H, BLOCK_KV=BLOCK_KV, IS_PARTIAL=splits > 1,
         NUM_STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
-    if splits > 1:
-        combine_splits(part, part_lse, splits, None, out, lse)
-    return DenseOutputs(out, lse)
+    return combine(results)
 
 
 def run(inputs: DenseInputs, /) -> DenseOutputs:

@@ -7,13 +7,14 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from dsa_bench import registry
-from dsa_bench.baselines import dense_attention_gluon as kernels
+from dsa_bench.baselines import dense_attention_gluon, dense_decode_gluon, dense_prefill_gluon
 from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape
 from dsa_bench.operator import Machine
 from tests import hostile
 from tests.gluon_emulator import emulated_gluon
 
-MODULE = "dsa_bench.baselines.dense_attention_gluon"
+PREFILL = "dsa_bench.baselines.dense_prefill_gluon"
+DECODE = "dsa_bench.baselines.dense_decode_gluon"
 
 
 def make(phase, seq_len_q, seq_len_kv, num_heads, batch_size=1, sharpness=1, seed=0):
@@ -52,7 +53,7 @@ def assert_right(inputs, outputs):
 def test_prefill_emulated(seed, seq_len_q, seq_len_kv, num_heads, sharpness, ping_pong):
     inputs = make("prefill", seq_len_q, seq_len_kv, num_heads, sharpness=sharpness, seed=seed)
     with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
-        module = emulated.load(MODULE)
+        module = emulated.load(PREFILL)
         config = module.PrefillConfig(heads_together=2, ping_pong=ping_pong)
         outputs = module.prefill(
             inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale, config=config
@@ -61,17 +62,17 @@ def test_prefill_emulated(seed, seq_len_q, seq_len_kv, num_heads, sharpness, pin
 
 
 @pytest.mark.interpret  # the merge of the parts is a Triton kernel
-@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize(
     ("batch_size", "seq_len_q", "seq_len_kv", "num_heads"),
     [(1, 1, 1, 16), (2, 1, 300, 70), (1, 3, 129, 64)],
 )
-def test_decode_emulated(batch_size, seq_len_q, seq_len_kv, num_heads, num_parts):
+def test_decode_emulated(batch_size, seq_len_q, seq_len_kv, num_heads, num_splits):
     mangle_type(torch.zeros(1))  # its first call imports Gluon: the real one is wanted
     inputs = make("decode", seq_len_q, seq_len_kv, num_heads, batch_size, sharpness=10)
-    with emulated_gluon(seed=num_parts) as emulated, hostile.poisoned_outputs():
-        module = emulated.load(MODULE)
-        config = module.DecodeConfig(num_parts=num_parts)
+    with emulated_gluon(seed=num_splits) as emulated, hostile.poisoned_outputs():
+        module = emulated.load(DECODE)
+        config = module.DecodeConfig(num_splits=num_splits)
         outputs = module.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
     assert_right(inputs, outputs)
 
@@ -82,31 +83,37 @@ def test_keys_of_the_next_sequence_do_not_leak():
     inputs = make("decode", 1, 70, 16, batch_size=2)
     inputs.kv[1] = float("nan")
     with emulated_gluon(seed=1) as emulated:
-        module = emulated.load(MODULE)
+        module = emulated.load(DECODE)
         outputs = module.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale)
     assert all(c.passed for c in OPERATOR.check(inputs, outputs, rows=torch.tensor([0])))
 
 
 @pytest.mark.parametrize(
-    "config", [kernels.PrefillConfig(heads_together=1), kernels.DecodeConfig(num_parts=1)]
+    "config",
+    [
+        dense_prefill_gluon.PrefillConfig(heads_together=1),
+        dense_decode_gluon.DecodeConfig(num_splits=1),
+    ],
 )
 def test_registers_fit(config):
     assert 4 * (2 * config.consumer_registers + config.loader_registers) <= 12 * 168
 
 
 @pytest.mark.parametrize(
-    ("tiles", "seq_len_kv", "parts"),
+    ("batch_size", "seq_len_kv", "splits"),
     # one sequence: every SM a part; 32: two parts a wave; 128 fill the GPU as they are
-    [(2, 32768, 64), (64, 32768, 2), (256, 32768, 1), (2, 64, 1)],
+    [(1, 32768, 64), (32, 32768, 2), (128, 32768, 1), (1, 64, 1)],
 )
-def test_parts_fill_the_gpu(tiles, seq_len_kv, parts):
-    config = kernels.choose_decode_config(tiles=tiles, seq_len_kv=seq_len_kv, num_sms=132)
-    assert config.num_parts == parts
+def test_splits_fill_the_gpu(batch_size, seq_len_kv, splits):
+    config = dense_decode_gluon.choose_config(
+        batch_size=batch_size, seq_len_q=1, num_heads=128, seq_len_kv=seq_len_kv, num_sms=132
+    )
+    assert config.num_splits == splits
 
 
 @pytest.mark.parametrize(("seq_len_q", "heads"), [(4096, 4), (1024, 16), (32768, 1), (1, 132)])
 def test_heads_together_fill_the_gpu(seq_len_q, heads):
-    config = kernels.choose_prefill_config(seq_len_q=seq_len_q, num_sms=132)
+    config = dense_prefill_gluon.choose_prefill_config(seq_len_q=seq_len_q, num_sms=132)
     assert config.heads_together == heads
 
 
@@ -131,20 +138,22 @@ def test_prefill_on_a_gpu(seq_len_q, seq_len_kv, num_heads, sharpness):
     inputs = make("prefill", seq_len_q, seq_len_kv, num_heads, sharpness=sharpness)
     inputs = on_gpu(inputs)
     with hostile.poisoned_outputs():
-        outputs = kernels.run(inputs)
+        outputs = dense_attention_gluon.run(inputs)
     assert_right(inputs, outputs)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_parts", [None, 1, 3])
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
 @pytest.mark.parametrize(
     ("batch_size", "seq_len_q", "seq_len_kv", "num_heads"),
     [(1, 1, 1, 16), (2, 1, 300, 70), (1, 3, 129, 64), (4, 2, 1000, 128), (3, 1, 8192, 128)],
 )
-def test_decode_on_a_gpu(batch_size, seq_len_q, seq_len_kv, num_heads, num_parts):
+def test_decode_on_a_gpu(batch_size, seq_len_q, seq_len_kv, num_heads, num_splits):
     inputs = make("decode", seq_len_q, seq_len_kv, num_heads, batch_size, sharpness=10)
     inputs = on_gpu(inputs)
-    config = None if num_parts is None else kernels.DecodeConfig(num_parts=num_parts)
+    config = None if num_splits is None else dense_decode_gluon.DecodeConfig(num_splits=num_splits)
     with hostile.poisoned_outputs():
-        outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
+        outputs = dense_decode_gluon.decode(
+            inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config
+        )
     assert_right(inputs, outputs)

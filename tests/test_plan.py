@@ -90,10 +90,22 @@ def impls(items: tuple[Planned, ...], op: str) -> list[Any]:
     return [item.case.impl for item in items if item.case.op == op and not item.reason]
 
 
-def test_auto_is_the_best_of_each_stage_and_every_dense_attention_that_runs(planned: Plan) -> None:
+def test_auto_is_the_best_of_each_stage_and_the_dense_attentions_that_run(planned: Plan) -> None:
     items = planned()
     assert impls(items, "dsa") == [{"indexer": "gluon", "topk": "gluon"}]
     assert impls(items, "dense_attention") == ["triton", "sdpa"]
+
+
+def test_auto_takes_the_first_four_opponents_and_those_of_files(
+    planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = offer(reference=-1000, a=1, b=2, c=3, d=4, e=5, f=6)
+    monkeypatch.setitem(registry.catalogue().implementations, "dense_attention", many)
+    assert impls(planned(op="dense_attention"), "dense_attention") == ["f", "e", "d", "c"]
+    monkeypatch.setattr(registry, "brought_by_files", lambda: {"dense_attention": ("a", "zzz")})
+    assert impls(planned(op="dense_attention"), "dense_attention") == ["f", "e", "d", "c", "a"]
+    everything = planned(op="dense_attention", impl="all")
+    assert set(impls(everything, "dense_attention")) == set("abcdef")
 
 
 def test_all_is_every_implementation_even_one_that_cannot_run(planned: Plan) -> None:
