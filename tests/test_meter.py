@@ -173,7 +173,8 @@ def test_a_patched_timer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_gpu_patched_events_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = CudaMeter(meter.NO_FLUSH)
     x = torch.zeros(2**26, device="cuda")
-    honest = timer.sample(x.zero_).seconds
+    # the first is cold, and on a GPU that others use one alone can be five times too long
+    honest = min(timer.sample(x.zero_).seconds for _ in range(5))
     monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda self, end: 1e-6)
     assert timer.sample(x.zero_).seconds > honest / 3
     assert CudaMeter(meter.NO_FLUSH).sample(x.zero_).seconds > honest / 3
