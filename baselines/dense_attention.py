@@ -106,6 +106,11 @@ class DenseAttentionShape:
             return self.seq_len_kv * self.num_heads * (self.head_dim_qk + self.head_dim_v)
         return self.batch_size * self.seq_len_kv * self.head_dim_qk
 
+    @property
+    def exceeds_int32(self) -> bool:
+        """Prefill's k, the largest tensor, has an element whose number is not an int32."""
+        return self.is_prefill and self.seq_len_kv * self.num_heads * self.head_dim_qk > 2**31
+
 
 @dataclass(frozen=True, slots=True)
 class DensePrefillInputs:

@@ -8,6 +8,9 @@ kept, so they are not in the time. The table is written down from the lengths: t
 
 The guards that torch.compile checks at each call are in the time. lse is natural, [1, num_heads,
 seq_len_q], transposed here as a view.
+
+The code that torch 2.11 generates counts elements in 32 bits: keys of more than 2^31 elements end
+in wrong rows or an illegal access, and are refused.
 """
 
 from collections.abc import Callable
@@ -99,6 +102,11 @@ def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
         return (
             "flex_attention pads head widths to a power of 2, decode's"
             f" {shape.head_dim_qk} nearly to the double: only its prefill is here"
+        )
+    if shape.exceeds_int32:
+        return (
+            "flex_attention counts elements in 32 bits and k has more than 2^31 of them"
+            " (take fewer heads or keys)"
         )
     return None
 

@@ -11,6 +11,7 @@ last, and its kernels differ in what they do about it:
 `sdpa_efficient`
               prefill. Takes both widths and, by its inner operator, the mask to the last key; made
               of instructions older than Hopper's. Its lse has rows up to a multiple of 32.
+              Keys of more than 2^31 elements end in wrong rows or an illegal access (torch 2.11).
 `sdpa`        both phases on a CPU, one head width too. Prefill pads as `sdpa_flash` and splits as
               `sdpa_cudnn`. In decode all heads are queries of one head whose keys are also its
               values; the last 64 columns of its output are dropped.
@@ -176,6 +177,11 @@ def _supports_efficient(shape: DenseAttentionShape, machine: Machine) -> str | N
         return (
             "sdpa_efficient gives all keys of 64 rows to one program, which leaves most of a GPU"
             " idle in decode: only its prefill is here"
+        )
+    if shape.exceeds_int32:
+        return (
+            "sdpa_efficient counts elements in 32 bits and k has more than 2^31 of them"
+            " (take fewer heads or keys)"
         )
     return None
 
