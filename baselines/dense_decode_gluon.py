@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from dsa_bench.baselines.dense_attention import DenseOutputs
 from dsa_bench.baselines.dense_attention_arguments import HEAD_DIM_V, check_decode, num_sms
@@ -22,6 +23,7 @@ from dsa_bench.kernels.seesaw import (
     HALF_V,
     ROPE,
     KeyList,
+    Query,
     Result,
     allocate_tiles,
     attend_left,
@@ -35,6 +37,12 @@ HEADS, PAIR_KEYS = 64, 128
 PAIR = gl.constexpr(PAIR_KEYS)
 SPLIT_COST_PAIRS = 3
 """What a part costs beside its keys: query, epilogue, the merge of its fp32 result."""
+
+
+@gluon.jit
+def _load(kv_ptr, keys, tiles):
+    load_bf16_rows(kv_ptr, 2 * HALF_V + ROPE, keys, tiles, 0)
+    async_copy.wait_group(0)
 
 
 # a 1 would be specialised to a constant, which KeyList refuses
@@ -63,15 +71,16 @@ def _dense_decode_kernel(
         out_ptr, lse_ptr, lse_ptr, lse_ptr, first_row, first_head, num_heads,
         IS_PARTIAL, False, False, HEADS_MASKED,
     )  # fmt: skip
-    tiles = allocate_tiles(128, 128)
+    tiles = allocate_tiles(128, 128, True)
     WIDTH: gl.constexpr = 2 * HALF_V + ROPE
     query_ptr = q_ptr + (row.to(gl.int64) * num_heads + first_head) * WIDTH
-    load_query(query_ptr, WIDTH, num_heads - first_head, tiles, HEADS_MASKED)
+    query = Query(query_ptr, gl.to_tensor(WIDTH), num_heads - first_head, HEADS_MASKED)
+    load_query(query, tiles, 0)
     gl.warp_specialize(
         [
-            (attend_left, (tiles, keys, result, qk_scale_log2)),
-            (attend_right, (tiles, keys, result, qk_scale_log2)),
-            (load_bf16_rows, (kv_ptr + batch * seq_len_kv * WIDTH, WIDTH, keys, tiles)),
+            (attend_left, (tiles, keys, result, qk_scale_log2, 0, 0)),
+            (attend_right, (tiles, keys, result, qk_scale_log2, 0, 0)),
+            (_load, (kv_ptr + batch * seq_len_kv * WIDTH, keys, tiles)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],

@@ -5,7 +5,9 @@ Decode is its MLA form: the rotated 64 columns go in as q and k, the other 512 a
 scores are q · k + qv · v; k and v are views of the same rows (their strides, 1152 bytes, are
 multiples of 16 as TMA wants them).
 In fp8 it does prefill alone here: e4m3 with one descale a head, [batch_size, num_heads] in their
-words, bf16 out; their MLA form takes no fp8.
+words, bf16 out; their MLA form takes no fp8. By default their fp8 kernel sums all keys of a query
+in one accumulator and is wrong at long L; `num_splits`, theirs too, cuts the keys in pieces and
+joins the results in fp32 (`dense_attention_fp8.PIECE_KEYS` tells why and how long).
 Their lse is [batch_size, num_heads, seq_len_q], natural: transposed here as a view.
 """
 
@@ -23,11 +25,13 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
-from dsa_bench.baselines.dense_attention_fp8 import Fp8PrefillInputs
+from dsa_bench.baselines.dense_attention_fp8 import PIECE_KEYS, Fp8PrefillInputs, num_pieces
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
 MODULE = "fa3_fwd_interface"
+MAX_SPLITS = 256
+"""Theirs."""
 
 
 @cache
@@ -84,7 +88,7 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
 
 @torch.no_grad()
 def run_fp8(inputs: Fp8PrefillInputs, /) -> DenseOutputs:
-    """MHA form over e4m3 tensors."""
+    """MHA form over e4m3 tensors, in pieces of at most PIECE_KEYS keys."""
     scales = {"q": inputs.q_scale, "k": inputs.k_scale, "v": inputs.v_scale}
     out, lse = load().flash_attn_func(
         inputs.q.unsqueeze(0),
@@ -92,6 +96,7 @@ def run_fp8(inputs: Fp8PrefillInputs, /) -> DenseOutputs:
         inputs.v.unsqueeze(0),
         softmax_scale=inputs.sm_scale,
         causal=True,
+        num_splits=num_pieces(inputs.k.shape[0]),
         return_attn_probs=True,
         **{f"{name}_descale": scale.unsqueeze(0) for name, scale in scales.items()},
     )
@@ -107,6 +112,11 @@ def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
 def supports_fp8(shape: DenseAttentionShape, machine: Machine) -> str | None:
     if machine.device == "cuda" and machine.is_hopper and not shape.is_prefill:
         return "flash_attn_3 has no fp8 decode in the MQA form (flash_mla has)"
+    if num_pieces(shape.seq_len_kv) > MAX_SPLITS:
+        return (
+            f"flash_attn_3 takes up to {MAX_SPLITS} pieces of {PIECE_KEYS} keys in fp8,"
+            f" this case has {shape.seq_len_kv} keys"
+        )
     return supports(shape, machine)
 
 

@@ -35,7 +35,9 @@ from dsa_bench.baselines.dense_attention import (
     DenseDecodeInputs,
     DenseOutputs,
 )
-from dsa_bench.baselines.dense_attention_fp8 import Fp8DecodeInputs
+from dsa_bench.baselines.dense_attention_fp8 import PIECE_KEYS, Fp8DecodeInputs, num_pieces
+from dsa_bench.kernels.attention import LOG2_E
+from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
 from dsa_bench.kernels.sparse_decode import (
     SparseDecodeInputs,
     SparseDecodeOutputs,
@@ -184,29 +186,72 @@ def dense_decode(inputs: DenseDecodeInputs, /) -> DenseOutputs:
     return DenseOutputs(out, lse.transpose(1, 2))
 
 
-@torch.no_grad()
-def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
-    """As `dense_decode` over e4m3, one descale for all queries and one for all keys and values."""
-    batch_size, seq_len_kv, width = inputs.kv.shape
-    seq_len_q, heads = inputs.q.shape[1:3]
-    block_table, seq_lens = _pages(batch_size, seq_len_kv, inputs.kv.device)
-    key = ("dense fp8", inputs.q.device, *inputs.q.shape, seq_len_kv)
+@cache
+def _pieces(batch_size: int, seq_len_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """block_table and seq_lens of pieces of PIECE_KEYS keys, each a sequence to the kernel: the
+    first piece of all sequences, the second of all, …"""
+    table, _ = _pages(batch_size, seq_len_kv, device)
+    pieces, pages = num_pieces(seq_len_kv), PIECE_KEYS // PAGE_SIZE
+    table = torch.nn.functional.pad(table, (0, pieces * pages - table.shape[1]))
+    table = table.view(batch_size, pieces, pages).transpose(0, 1).reshape(-1, pages)
+    lens = torch.full((pieces, batch_size), PIECE_KEYS, dtype=torch.int32, device=device)
+    lens[-1] = seq_len_kv - (pieces - 1) * PIECE_KEYS
+    return table, lens.flatten()
+
+
+def _schedule_fp8(q: Tensor, block_table: Tensor, seq_lens: Tensor, seq_len_kv: int) -> Schedule:
+    """Of sequences of `seq_len_kv` keys, or of their pieces; the table's shape tells them apart."""
+    key = ("dense fp8", q.device, *q.shape, *block_table.shape, seq_len_kv)
     if key not in _schedules:
-        made = ops().get_mla_decoding_metadata_dense_fp8(seq_lens, seq_len_q * heads, 1)
+        rows = q.shape[1] * q.shape[2]
+        made = ops().get_mla_decoding_metadata_dense_fp8(seq_lens, rows, 1)
         _schedules[key] = Schedule(*made)
+    return _schedules[key]
+
+
+def _attend_fp8(
+    inputs: Fp8DecodeInputs, q: Tensor, block_table: Tensor, seq_lens: Tensor, schedule: Schedule
+) -> tuple[Tensor, Tensor]:
     out, lse = ops().fwd_kvcache_mla_fp8(
-        inputs.q,
-        inputs.kv.view(-1, PAGE_SIZE, 1, width),
+        q,
+        inputs.kv.view(-1, PAGE_SIZE, 1, inputs.kv.shape[-1]),
         inputs.head_dim_v,
         seq_lens,
         block_table,
         inputs.sm_scale,
         True,
-        *_schedules[key],
+        *schedule,
         inputs.q_scale,
         inputs.kv_scale,
     )
-    return DenseOutputs(out, lse.transpose(1, 2))
+    return out, lse.transpose(1, 2)
+
+
+@torch.no_grad()
+def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
+    """As `dense_decode` over e4m3, one descale for all queries and one for all keys and values.
+
+    Their schedule cuts all keys of a batch in as many parts as there are programs at a time, and
+    within a part sums the keys of a sequence in one accumulator. Where those are more than
+    PIECE_KEYS, pieces of that length are handed over as sequences, with a copy of the query each,
+    and joined by lse, all inside the timed call. Several new tokens a sequence are not cut: the
+    mask of the last ones would fall on every piece.
+    """
+    q, (batch_size, seq_len_kv, _) = inputs.q, inputs.kv.shape
+    pages = _pages(batch_size, seq_len_kv, q.device)
+    schedule = _schedule_fp8(q, *pages, seq_len_kv)
+    assert schedule.metadata is not None
+    keys_of_a_part = min(seq_len_kv, batch_size * seq_len_kv // schedule.metadata.shape[0])
+    if keys_of_a_part <= PIECE_KEYS or q.shape[1] > 1:
+        return DenseOutputs(*_attend_fp8(inputs, q, *pages, schedule))
+    pieces = _pieces(batch_size, seq_len_kv, q.device)
+    copies = q.repeat(num_pieces(seq_len_kv), 1, 1, 1)
+    schedule = _schedule_fp8(copies, *pieces, seq_len_kv)
+    part, part_lse = _attend_fp8(inputs, copies, *pieces, schedule)
+    out = torch.empty(*q.shape[:-1], inputs.head_dim_v, dtype=part.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], device=q.device)
+    combine_splits(part, part_lse * LOG2_E, num_pieces(seq_len_kv), None, out, lse)
+    return DenseOutputs(out, lse)
 
 
 def _needs_hopper(machine: Machine) -> str | None:
@@ -264,6 +309,11 @@ def _supports_dense_decode_fp8(shape: DenseAttentionShape, machine: Machine) -> 
         return (
             "the package flash_mla has no dense decode in fp8, the wheel has"
             " (uninstall flash_mla, and pip install sglang-kernel)"
+        )
+    if reason is None and num_pieces(shape.seq_len_kv) > MAX_SPLITS:
+        return (
+            f"flash_mla takes up to {MAX_SPLITS} pieces of {PIECE_KEYS} keys in fp8,"
+            f" this case has {shape.seq_len_kv} keys"
         )
     return reason
 

@@ -3,8 +3,8 @@
     w_i = 2^(lse_i - max lse)
     out = Σ w_i · out_i / Σ w_i      lse = ln 2 · (max lse + log2 Σ w_i)
 
-Splits hold normalised outputs (fp32) and log2 sums, -inf for a split without a key. A row whose
-splits are all empty: out 0, lse +inf.
+Splits hold normalised outputs (fp32, or bf16 where the kernel is not ours) and log2 sums, -inf for
+a split without a key. A row whose splits are all empty: out 0, lse +inf.
 """
 
 import triton
@@ -71,8 +71,8 @@ def combine_splits(
     """Merge into `out` and `lse`.
 
     Args:
-        partial_out, partial_lse: [num_splits, rows, head_dim_v] and [num_splits, rows] fp32, the
-            latter in log2 units; contiguous, and so are out and lse.
+        partial_out: [num_splits, rows, head_dim_v] fp32 or bf16, normalised.
+        partial_lse: [num_splits, rows] fp32, in log2 units. All are contiguous.
         num_splits: 1 … MAX_SPLITS.
         attn_sink: [num_heads] fp32 or None.
         out, lse: [..., num_heads, head_dim_v] bf16 and [..., num_heads] fp32, of `rows` rows.

@@ -24,6 +24,7 @@ from dsa_bench.record import Case
 
 HOPPER = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
 CPU = Machine(device="cpu", name="CPU")
+CPU_DEVICE = torch.device("cpu")
 V32 = PRESETS["v3.2"]
 
 
@@ -277,6 +278,11 @@ def test_memory_is_what_the_tensors_take(shape: DenseAttentionShape) -> None:
     assert memory.output_bytes == out.nbytes + lse.nbytes
 
 
+def test_memory_of_pieces_is_their_results_in_fp32() -> None:
+    assert OPERATOR.memory(prefill_shape(4, 4096)).workspace_bytes == 0
+    assert OPERATOR.memory(prefill_shape(4, 4097)).workspace_bytes == 2 * 4 * 3 * (128 + 1) * 4
+
+
 def case(**fields: Any) -> Case:
     fields = {"phase": "prefill", "seq_len_q": 64, "seq_len_kv": 128, "precision": "fp8"} | fields
     return Case(op="dense_attention_fp8", impl="reference", **fields)
@@ -303,9 +309,11 @@ class FakeFlashAttn3:
 
     def flash_attn_func(
         self, q, k, v, softmax_scale=None, causal=False, qv=None,
-        q_descale=None, k_descale=None, v_descale=None, return_attn_probs=False,
+        q_descale=None, k_descale=None, v_descale=None, num_splits=1, return_attn_probs=False,
     ):  # fmt: skip
         assert causal and return_attn_probs and qv is None and softmax_scale is not None
+        piece = -(-k.shape[1] // num_splits)
+        assert piece <= dense_attention_fp8.PIECE_KEYS < 2 * piece or num_splits == 1
         for x, descale in ((q, q_descale), (k, k_descale), (v, v_descale)):
             assert x.dtype == torch.float8_e4m3fn and x.stride(-1) == 1
             assert descale.dtype == torch.float32 and descale.shape == (1, x.shape[2])
@@ -317,8 +325,10 @@ class FakeFlashAttn3:
         return out[None], lse.T[None]
 
 
-def test_flash_attn_3_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece_keys", [4096, 50, 20])
+def test_flash_attn_3_prefill(monkeypatch: pytest.MonkeyPatch, piece_keys: int) -> None:
     monkeypatch.setattr(flash_attn_3, "load", FakeFlashAttn3)
+    monkeypatch.setattr(dense_attention_fp8, "PIECE_KEYS", piece_keys)
     inputs = make(prefill_shape(7, 50), sharp=30.0)
     # scales that a mix-up would show
     inputs = dataclasses.replace(inputs, v_scale=inputs.v_scale * torch.tensor([1.0, 3.0, 0.5]))
@@ -327,38 +337,101 @@ def test_flash_attn_3_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeFlashMla:
-    """Pages of 64; the schedule is a sum that the call must hand back."""
+    """Pages of 64; the schedule holds a sum that the call must hand back."""
+
+    NUM_PARTS = 2
 
     def __init__(self) -> None:
         self.schedules_made = 0
+        self.lens_seen: list[list[int]] = []
 
     def get_mla_decoding_metadata_dense_fp8(self, seq_lens, num_heads_per_head_k, num_heads_k):
         assert num_heads_k == 1
         self.schedules_made += 1
-        return [seq_lens.sum(), torch.tensor(num_heads_per_head_k)]
+        return [seq_lens.sum().repeat(self.NUM_PARTS, 8), torch.tensor(num_heads_per_head_k)]
 
     def fwd_kvcache_mla_fp8(
         self, q, cache, d_v, seq_lens, block_table, sm_scale, causal, metadata, splits, dq, dk
     ):
         assert causal and cache.shape[1:3] == (64, 1) and dq.shape == dk.shape == (1,)
-        assert metadata == seq_lens.sum() and splits == q.shape[1] * q.shape[2]
-        kv = torch.stack([cache.view(torch.uint8)[t.long()].flatten(0, 2) for t in block_table])
-        kv = kv.view(torch.float8_e4m3fn)
-        assert seq_lens.tolist() == [kv.shape[1]] * kv.shape[0]
-        out, lse = online(Fp8DecodeInputs(q, kv, dq, dk, sm_scale, d_v))
-        return [out, lse.transpose(1, 2)]
+        assert (metadata == seq_lens.sum()).all() and splits == q.shape[1] * q.shape[2]
+        assert len(q) == len(seq_lens) == len(block_table)
+        self.lens_seen.append(seq_lens.tolist())
+        results = []
+        for query, pages, length in zip(q, block_table, seq_lens, strict=True):
+            kv = cache.view(torch.uint8)[pages.long()].flatten(0, 2).view(torch.float8_e4m3fn)
+            one = Fp8DecodeInputs(query[None], kv[None, :length], dq, dk, sm_scale, d_v)
+            results.append(online(one))
+        out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return [out, lse.transpose(1, 2).contiguous()]
 
 
-@pytest.mark.parametrize("seq_len_q", [1, 3])
-def test_flash_mla_decode(monkeypatch: pytest.MonkeyPatch, seq_len_q: int) -> None:
+@pytest.fixture
+def fake_mla(monkeypatch: pytest.MonkeyPatch) -> FakeFlashMla:
     fake = FakeFlashMla()
     monkeypatch.setattr(flash_mla, "ops", lambda: fake)
     monkeypatch.setattr(flash_mla, "_schedules", {})
+    return fake
+
+
+@pytest.mark.parametrize("seq_len_q", [1, 3])
+def test_flash_mla_decode(fake_mla: FakeFlashMla, seq_len_q: int) -> None:
     part = registry.implementation("dense_attention_fp8", "flash_mla")
     for sharp in (1.0, 30.0):
         inputs = make(decode_shape(2, seq_len_q, 192, num_heads=4), sharp=sharp)
         assert all(c.passed for c in OPERATOR.check(inputs, part.run(inputs)))
-    assert fake.schedules_made == 1
+    assert fake_mla.schedules_made == 1 and fake_mla.lens_seen == [[192, 192]] * 2
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two pages."""
+    for module in (dense_attention_fp8, flash_mla):
+        monkeypatch.setattr(module, "PIECE_KEYS", 128)
+    flash_mla._pieces.cache_clear()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("seq_len_kv", [256, 320])
+def test_flash_mla_decode_joins_pieces(
+    fake_mla: FakeFlashMla, short_pieces: None, seq_len_kv: int
+) -> None:
+    part = registry.implementation("dense_attention_fp8", "flash_mla")
+    for sharp in (1.0, 30.0):
+        inputs = make(decode_shape(3, 1, seq_len_kv, num_heads=4), sharp=sharp)
+        assert all(c.passed for c in OPERATOR.check(inputs, part.run(inputs)))
+    last = [64] * 3 if seq_len_kv == 320 else []
+    assert fake_mla.lens_seen == [[128] * 6 + last] * 2
+    # of the batch, which says how long its parts are, and of the pieces
+    assert fake_mla.schedules_made == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        (decode_shape(1, 1, 256), "two programs share the keys of one sequence"),
+        (decode_shape(3, 1, 128), "a sequence is one piece"),
+        (decode_shape(3, 2, 256), "two new tokens"),
+    ],
+    ids=str,
+)
+def test_flash_mla_decode_leaves_whole(
+    fake_mla: FakeFlashMla, short_pieces: None, shape: DenseAttentionShape, why: str
+) -> None:
+    inputs = make(shape)
+    outputs = registry.implementation("dense_attention_fp8", "flash_mla").run(inputs)
+    assert all(c.passed for c in OPERATOR.check(inputs, outputs))
+    assert fake_mla.lens_seen == [[shape.seq_len_kv] * shape.batch_size], why
+
+
+def test_schedules_of_pieces_and_of_whole_sequences_are_kept_apart(
+    fake_mla: FakeFlashMla, short_pieces: None
+) -> None:
+    """Four pieces of two sequences are as many queries as eight sequences."""
+    kept = []
+    for pages in (flash_mla._pages(8, 512, CPU_DEVICE), flash_mla._pieces(2, 512, CPU_DEVICE)):
+        kept.append(flash_mla._schedule_fp8(torch.zeros(8, 1, 4, 576), *pages, 512))
+    assert [int(each.metadata[0, 0]) for each in kept] == [8 * 512, 2 * 512]
 
 
 def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +447,8 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no fp8 decode" in str(fa3(decode_shape(1, 1, 64), HOPPER))
     assert "no dense prefill" in str(mla(prefill_shape(4, 8), HOPPER))
     assert "no whole number" in str(mla(decode_shape(1, 1, 65), HOPPER))
+    assert "up to 256 pieces of 4096 keys" in str(fa3(prefill_shape(4, 2**20 + 64), HOPPER))
+    assert "up to 64 pieces of 4096 keys" in str(mla(decode_shape(1, 1, 2**18 + 64), HOPPER))
     for supports in (fa3, mla):
         assert "needs a Hopper GPU" in str(supports(decode_shape(1, 1, 64), CPU))
     found["module"] = "flash_mla"
@@ -385,8 +460,9 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "shape"),
     [
         *(("flash_attn_3", prefill_shape(*sizes, 16))
-          for sizes in [(128, 128), (77, 1000), (256, 4096)]),
-        *(("flash_mla", decode_shape(*sizes, 128)) for sizes in [(1, 1, 64), (2, 1, 4096)]),
+          for sizes in [(128, 128), (77, 1000), (256, 4096), (300, 4097), (256, 30000)]),
+        *(("flash_mla", decode_shape(*sizes, 128))
+          for sizes in [(1, 1, 64), (2, 1, 4096), (1, 1, 40000), (33, 1, 8256), (16, 1, 40000)]),
         ("flash_mla", decode_shape(4, 2, 1024, 64)),
     ],
     ids=str,
