@@ -1,10 +1,11 @@
 """Two warpgroups attend to one list of keys: device code of sparse prefill and decode on Hopper.
 
-One program: one query, 64 of its heads, the whole key list in pairs of 64-key blocks. Three roles:
+One piece of work: one query, 64 of its heads, the whole key list in pairs of 64-key blocks. Three
+roles:
 
     left    4 warps   scores block 0 of a pair, owns output columns   0..255
     right   4 warps   scores block 1 of a pair, owns output columns 256..511
-    loader  4 warps   brings the listed rows into shared memory
+    loader  4 warps   brings the query and the listed rows into shared memory
 
     per pair   left                                   right
                S0 = Q·K0ᵀ, m0 = max → max_left        S1 = Q·K1ᵀ, wait for m0, m1 = max → max_right
@@ -16,6 +17,11 @@ So each warpgroup holds half of O (64 × 256 fp32 = 128 registers a thread) and 
 split evenly; the scheme is the one that FlashMLA's documentation describes as "seesaw". Buffers
 are freed by halves, therefore two blocks behave like four. Shared memory: Q 72 KB, two blocks of
 K 144 KB, P1 8 KB: 225 of 227 KB.
+
+A program may take several pieces: `queries_before` and `pairs_before` count what it has done, for
+the parity of its barriers. The query tiles are free once the last scores are made, and the result
+leaves through block 1's tiles, which come last: so the loader fills all else meanwhile (fixed time
+of a piece on an H100: 3 µs instead of 8).
 
 What the compiler (Triton 3.6) makes necessary:
 * Shared-memory buffers are indexed by `opaque_zero()` inside loops. With constant addresses LLVM
@@ -65,6 +71,11 @@ K0_LEFT = gl.constexpr(0)
 K0_RIGHT = gl.constexpr(1)
 K1_LEFT = gl.constexpr(2)
 K1_RIGHT = gl.constexpr(3)
+# and of the query
+QUERY_READY = gl.constexpr(0)
+QUERY_FREE = gl.constexpr(1)
+
+LOADER_THREADS = gl.constexpr(128)
 
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -93,11 +104,13 @@ class Tiles:
     ready: gl.shared_memory_descriptor  # mbarriers K0_LEFT … K1_RIGHT: the half block is filled
     free: gl.shared_memory_descriptor  # the same: its readers are done
     sums: gl.shared_memory_descriptor  # mbarriers: sum_left is set, sum_right is set
+    query: gl.shared_memory_descriptor  # mbarriers: the query is there, its readers are done
+    HAS_ROPE: gl.constexpr  # keys of 576 columns, not of 512
 
     @gluon.constexpr_function
     def __init__(
         self, q_left, q_right, q_rope, k_left, k_right, k_rope, p_right,
-        max_left, max_right, sum_left, sum_right, ready, free, sums,
+        max_left, max_right, sum_left, sum_right, ready, free, sums, query, HAS_ROPE,
     ):  # fmt: skip
         self.q_left = q_left
         self.q_right = q_right
@@ -113,6 +126,25 @@ class Tiles:
         self.ready = ready
         self.free = free
         self.sums = sums
+        self.query = query
+        self.HAS_ROPE = gl.constexpr(HAS_ROPE)
+
+
+@aggregate
+class Query:
+    """64 heads of one query."""
+
+    ptr: gl.tensor  # [heads, 576 or 512] bf16, at the program's first head
+    stride_head: gl.tensor
+    num_heads: gl.tensor  # from the first head on; only looked at where HEADS_MASKED
+    HEADS_MASKED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, ptr, stride_head, num_heads, HEADS_MASKED):
+        self.ptr = ptr
+        self.stride_head = stride_head
+        self.num_heads = num_heads
+        self.HEADS_MASKED = gl.constexpr(HEADS_MASKED)
 
 
 @aggregate
@@ -205,7 +237,9 @@ def opaque_zero():
 
 
 @gluon.jit
-def allocate_tiles(LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr):
+def allocate_tiles(
+    LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr, HAS_ROPE: gl.constexpr
+):
     """Shared memory with barriers that expect these arrivals at a left half, and at a right half
     with rope."""
     q_left = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, HALF_V], TILE)
@@ -222,6 +256,9 @@ def allocate_tiles(LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr):
     ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     sums = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(query.index(QUERY_READY), count=LOADER_THREADS)
+    mbarrier.init(query.index(QUERY_FREE), count=2)
     for j in gl.static_range(2):
         mbarrier.init(ready.index(2 * j), count=LOADER_ARRIVALS)
         mbarrier.init(ready.index(2 * j + 1), count=ROPE_ARRIVALS)
@@ -230,39 +267,25 @@ def allocate_tiles(LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr):
         mbarrier.init(free.index(j), count=1)
     return Tiles(
         q_left, q_right, q_rope, k_left, k_right, k_rope, p_right,
-        max_left, max_right, sum_left, sum_right, ready, free, sums,
+        max_left, max_right, sum_left, sum_right, ready, free, sums, query, HAS_ROPE,
     )  # fmt: skip
 
 
 @gluon.jit
-def load_query(q_ptr, stride_head, num_heads, tiles, HEADS_MASKED: gl.constexpr):
-    """q_ptr [num_heads, 576] -> the three query tiles; heads that do not exist become 0."""
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    _load_query_tile(
-        q_ptr, stride_head, num_heads, tiles.q_left.index(0), 0, HALF_V, HEADS_MASKED, WIDE
-    )
-    _load_query_tile(
-        q_ptr, stride_head, num_heads, tiles.q_right.index(0), HALF_V, HALF_V, HEADS_MASKED, WIDE
-    )
-    _load_query_tile(
-        q_ptr, stride_head, num_heads, tiles.q_rope.index(0), 2 * HALF_V, ROPE, HEADS_MASKED, NARROW
-    )
-    fence_async_shared()
-
-
-@gluon.jit
-def _load_query_tile(
-    q_ptr, stride_head, num_heads, tile, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-    HEADS_MASKED: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
+def load_query(query, tiles, queries_before):
+    """The query tiles by cp.async, by four warps; heads that do not exist become 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mbarrier.wait(tiles.query.index(QUERY_FREE), (queries_before & 1) ^ 1)
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(1, LAYOUT))
-    offs_d = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    ptrs = q_ptr + offs_h[:, None] * stride_head + offs_d[None, :]
-    if HEADS_MASKED:
-        tile.store(gl.load(ptrs, mask=(offs_h < num_heads)[:, None], other=0.0))
-    else:
-        tile.store(gl.load(ptrs))
+    exists = offs_h >= 0
+    if query.HEADS_MASKED:
+        exists = offs_h < query.num_heads
+    ptr, stride = query.ptr, query.stride_head
+    copy_rows(tiles.q_left.index(0), ptr, stride, offs_h, exists, 0, HALF_V, LAYOUT)
+    copy_rows(tiles.q_right.index(0), ptr, stride, offs_h, exists, HALF_V, HALF_V, LAYOUT)
+    if tiles.HAS_ROPE:
+        copy_rows(tiles.q_rope.index(0), ptr, stride, offs_h, exists, 2 * HALF_V, ROPE, LAYOUT)
+    async_copy.mbarrier_arrive(tiles.query.index(QUERY_READY), increment_count=False)
 
 
 @gluon.jit
@@ -301,15 +324,14 @@ def copy_rows(
 
 
 @gluon.jit
-def load_bf16_rows(kv_ptr, stride_row, keys, tiles):
-    """The loader for bf16 rows of 576: half blocks in the order in which the consumers touch
-    them."""
+def load_bf16_rows(kv_ptr, stride_row, keys, tiles, pairs_before):
+    """The loader for bf16 rows: half blocks in the order in which the consumers touch them."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     next0 = load_key_block(keys, 0, ROWS)
     next1 = load_key_block(keys, BLOCK_KV, ROWS)
     for i in range(keys.NUM_PAIRS):
-        phase = (i & 1) ^ 1
+        phase = ((pairs_before + i) & 1) ^ 1
         valid0 = is_key(next0, keys.num_keys)
         valid1 = is_key(next1, keys.num_keys)
         rows0 = gl.where(valid0, next0, 0)
@@ -318,33 +340,39 @@ def load_bf16_rows(kv_ptr, stride_row, keys, tiles):
         following = gl.minimum(i + 1, keys.NUM_PAIRS - 1) * (2 * BLOCK_KV)
         next0 = load_key_block(keys, following, ROWS)
         next1 = load_key_block(keys, following + BLOCK_KV, ROWS)
-
-        mbarrier.wait(tiles.free.index(K0_LEFT), phase)
-        copy_rows(tiles.k_left.index(0), kv_ptr, stride_row, rows0, valid0, 0, HALF_V, LAYOUT)
-        async_copy.mbarrier_arrive(tiles.ready.index(K0_LEFT), increment_count=False)
-
-        mbarrier.wait(tiles.free.index(K1_RIGHT), phase)
-        copy_rows(tiles.k_right.index(1), kv_ptr, stride_row, rows1, valid1, HALF_V, HALF_V, LAYOUT)
-        copy_rows(
-            tiles.k_rope.index(1), kv_ptr, stride_row, rows1, valid1, 2 * HALF_V, ROPE, LAYOUT
-        )
-        async_copy.mbarrier_arrive(tiles.ready.index(K1_RIGHT), increment_count=False)
-
-        mbarrier.wait(tiles.free.index(K0_RIGHT), phase)
-        copy_rows(tiles.k_right.index(0), kv_ptr, stride_row, rows0, valid0, HALF_V, HALF_V, LAYOUT)
-        copy_rows(
-            tiles.k_rope.index(0), kv_ptr, stride_row, rows0, valid0, 2 * HALF_V, ROPE, LAYOUT
-        )
-        async_copy.mbarrier_arrive(tiles.ready.index(K0_RIGHT), increment_count=False)
-
-        mbarrier.wait(tiles.free.index(K1_LEFT), phase)
-        copy_rows(tiles.k_left.index(1), kv_ptr, stride_row, rows1, valid1, 0, HALF_V, LAYOUT)
-        async_copy.mbarrier_arrive(tiles.ready.index(K1_LEFT), increment_count=False)
-    async_copy.wait_group(0)
+        _load_left(kv_ptr, stride_row, rows0, valid0, tiles, phase, 0, K0_LEFT)
+        _load_right(kv_ptr, stride_row, rows1, valid1, tiles, phase, 1, K1_RIGHT)
+        _load_right(kv_ptr, stride_row, rows0, valid0, tiles, phase, 0, K0_RIGHT)
+        _load_left(kv_ptr, stride_row, rows1, valid1, tiles, phase, 1, K1_LEFT)
 
 
 @gluon.jit
-def attend_left(tiles, keys, result, qk_scale_log2):
+def _load_left(
+    kv_ptr, stride_row, rows, valid, tiles, phase, BLOCK: gl.constexpr, BARRIER: gl.constexpr
+):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mbarrier.wait(tiles.free.index(BARRIER), phase)
+    copy_rows(tiles.k_left.index(BLOCK), kv_ptr, stride_row, rows, valid, 0, HALF_V, LAYOUT)
+    async_copy.mbarrier_arrive(tiles.ready.index(BARRIER), increment_count=False)
+
+
+@gluon.jit
+def _load_right(
+    kv_ptr, stride_row, rows, valid, tiles, phase, BLOCK: gl.constexpr, BARRIER: gl.constexpr
+):
+    """With the rope columns."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    mbarrier.wait(tiles.free.index(BARRIER), phase)
+    copy_rows(tiles.k_right.index(BLOCK), kv_ptr, stride_row, rows, valid, HALF_V, HALF_V, LAYOUT)
+    if tiles.HAS_ROPE:
+        copy_rows(
+            tiles.k_rope.index(BLOCK), kv_ptr, stride_row, rows, valid, 2 * HALF_V, ROPE, LAYOUT
+        )
+    async_copy.mbarrier_arrive(tiles.ready.index(BARRIER), increment_count=False)
+
+
+@gluon.jit
+def attend_left(tiles, keys, result, qk_scale_log2, pairs_before, queries_before):
     """Scores block 0 of each pair; output columns 0..255."""
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
@@ -357,7 +385,8 @@ def attend_left(tiles, keys, result, qk_scale_log2):
     rows = load_key_block(keys, 0, COLUMN)
 
     z = opaque_zero()
-    mbarrier.wait(tiles.ready.index(K0_LEFT), 0)
+    mbarrier.wait(tiles.query.index(QUERY_READY), queries_before & 1)
+    mbarrier.wait(tiles.ready.index(K0_LEFT), pairs_before & 1)
     s = warpgroup_mma(
         tiles.q_left.index(z),
         tiles.k_left.index(z).permute((1, 0)),
@@ -365,16 +394,17 @@ def attend_left(tiles, keys, result, qk_scale_log2):
         use_acc=False,
         is_async=True,
     )
-    mbarrier.wait(tiles.ready.index(K0_RIGHT), 0)
+    mbarrier.wait(tiles.ready.index(K0_RIGHT), pairs_before & 1)
     s = warpgroup_mma(
         tiles.q_right.index(z), tiles.k_right.index(z).permute((1, 0)), s, is_async=True
     )
-    s = warpgroup_mma(
-        tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s, is_async=True
-    )
+    if tiles.HAS_ROPE:
+        s = warpgroup_mma(
+            tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s, is_async=True
+        )
     s = warpgroup_mma_wait(0, deps=[s])
     for i in range(keys.NUM_PAIRS):
-        phase = i & 1
+        phase = (pairs_before + i) & 1
         z = opaque_zero()
         s = gl.where(is_key(rows, keys.num_keys)[None, :], s, -float("inf"))
         own_max = gl.maximum(row_max, gl.max(s, 1) * qk_scale_log2)
@@ -420,21 +450,27 @@ def attend_left(tiles, keys, result, qk_scale_log2):
                 s_token,
                 is_async=True,
             )
-            s_token = warpgroup_mma(
-                tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s_token, is_async=True
-            )
+            if tiles.HAS_ROPE:
+                s_token = warpgroup_mma(
+                    tiles.q_rope.index(z),
+                    tiles.k_rope.index(z).permute((1, 0)),
+                    s_token,
+                    is_async=True,
+                )
             s = warpgroup_mma_wait(0, deps=[s_token])
         else:
+            mbarrier.arrive(tiles.query.index(QUERY_FREE), count=1)
             acc = warpgroup_mma_wait(0, deps=[acc_token])
     tiles.sum_left.store(row_sum)
     mbarrier.arrive(tiles.sums.index(0), count=1)
-    mbarrier.wait(tiles.sums.index(1), 0)
+    mbarrier.wait(tiles.sums.index(1), queries_before & 1)
     row_sum = row_sum + tiles.sum_right.load(ROW)
-    _store_output(result, acc, row_max, row_sum, tiles.q_left.index(0), 0)
+    _store_output(result, acc, row_max, row_sum, tiles.k_left.index(1), 0)
+    mbarrier.arrive(tiles.free.index(K1_LEFT), count=1)
 
 
 @gluon.jit
-def attend_right(tiles, keys, result, qk_scale_log2):
+def attend_right(tiles, keys, result, qk_scale_log2, pairs_before, queries_before):
     """Scores block 1 of each pair; output columns 256..511; writes lse and maximum."""
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
@@ -444,8 +480,9 @@ def attend_right(tiles, keys, result, qk_scale_log2):
     row_sum = gl.zeros([BLOCK_H], gl.float32, ROW)
     acc = gl.zeros([BLOCK_H, HALF_V], gl.float32, OUTPUT)
     no_scores = gl.zeros([BLOCK_H, BLOCK_KV], gl.float32, SCORES)
+    mbarrier.wait(tiles.query.index(QUERY_READY), queries_before & 1)
     for i in range(keys.NUM_PAIRS):
-        phase = i & 1
+        phase = (pairs_before + i) & 1
         z = opaque_zero()
         rows = load_key_block(keys, i * (2 * BLOCK_KV) + BLOCK_KV, COLUMN)
         mbarrier.wait(tiles.ready.index(K1_RIGHT), phase)
@@ -453,9 +490,10 @@ def attend_right(tiles, keys, result, qk_scale_log2):
             tiles.q_right.index(z), tiles.k_right.index(z + 1).permute((1, 0)), no_scores,
             use_acc=False, is_async=True,
         )  # fmt: skip
-        s = warpgroup_mma(
-            tiles.q_rope.index(z), tiles.k_rope.index(z + 1).permute((1, 0)), s, is_async=True
-        )
+        if tiles.HAS_ROPE:
+            s = warpgroup_mma(
+                tiles.q_rope.index(z), tiles.k_rope.index(z + 1).permute((1, 0)), s, is_async=True
+            )
         mbarrier.wait(tiles.ready.index(K1_LEFT), phase)
         s = warpgroup_mma(
             tiles.q_left.index(z), tiles.k_left.index(z + 1).permute((1, 0)), s, is_async=True
@@ -483,14 +521,17 @@ def attend_right(tiles, keys, result, qk_scale_log2):
         wait_at(P_LEFT_SET)
         acc = warpgroup_mma(tiles.k_rope.index(z), tiles.k_right.index(z), acc, is_async=True)
         acc, p_operand = warpgroup_mma_wait(1, deps=[acc, p_operand])
-        mbarrier.arrive(tiles.free.index(K1_RIGHT), count=1)
+        if i + 1 < keys.NUM_PAIRS:
+            mbarrier.arrive(tiles.free.index(K1_RIGHT), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(tiles.free.index(K0_RIGHT), count=1)
+    mbarrier.arrive(tiles.query.index(QUERY_FREE), count=1)
     tiles.sum_right.store(row_sum)
     mbarrier.arrive(tiles.sums.index(1), count=1)
-    mbarrier.wait(tiles.sums.index(0), 0)
+    mbarrier.wait(tiles.sums.index(0), queries_before & 1)
     row_sum = row_sum + tiles.sum_left.load(ROW)
-    _store_output(result, acc, row_max, row_sum, tiles.q_right.index(0), HALF_V)
+    _store_output(result, acc, row_max, row_sum, tiles.k_right.index(1), HALF_V)
+    mbarrier.arrive(tiles.free.index(K1_RIGHT), count=1)
     _store_statistics(result, row_max, row_sum)
 
 
@@ -510,9 +551,12 @@ def _store_output(result, acc, row_max, row_sum, staging, FIRST: gl.constexpr):
     if result.IS_PARTIAL:
         _store_rows(result, acc, OUTPUT, FIRST)
     else:
-        # through the query tile, which is dead, so that a thread stores 16 bytes
+        # through a key tile that is dead until its barrier says free, so that a thread stores
+        # 16 bytes
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
         staging.store(acc.to(gl.bfloat16))
+        # before the next gather into it is multiplied
+        fence_async_shared()
         _store_rows(result, staging.load(LAYOUT), LAYOUT, FIRST)
 
 

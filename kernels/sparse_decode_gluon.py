@@ -35,6 +35,7 @@ from dsa_bench.kernels.seesaw import (
     K1_RIGHT,
     ROPE,
     KeyList,
+    Query,
     Result,
     allocate_tiles,
     attend_left,
@@ -202,6 +203,12 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
     async_copy.wait_group(0)
 
 
+@gluon.jit
+def _load_bf16_rows(cache_ptr, keys, tiles):
+    load_bf16_rows(cache_ptr, 576, keys, tiles, 0)
+    async_copy.wait_group(0)
+
+
 # a 1 would be specialised to a constant, which KeyList refuses
 @gluon.jit(do_not_specialize=["num_slots", "topk"])
 def _sparse_decode_kernel(
@@ -214,8 +221,8 @@ def _sparse_decode_kernel(
 ):  # fmt: skip
     """One program: one query, 64 of its heads, one split of its slots."""
     head_tiles = (num_heads + 63) // 64
-    query = gl.program_id(0) // head_tiles
-    row = query.to(gl.int64)
+    query_number = gl.program_id(0) // head_tiles
+    row = query_number.to(gl.int64)
     first_head = (gl.program_id(0) % head_tiles) * 64
     length = topk
     if HAS_LENS:
@@ -226,20 +233,21 @@ def _sparse_decode_kernel(
         slots_ptr + row * stride_slots_row + begin, length - begin, num_slots, NUM_PAIRS, IS_RAGGED
     )
     num_rows = gl.num_programs(0) // head_tiles * num_heads
-    first_row = gl.program_id(1) * num_rows + query * num_heads + first_head
+    first_row = gl.program_id(1) * num_rows + query_number * num_heads + first_head
     result = Result(
         out_ptr, lse_ptr, lse_ptr, sink_ptr, first_row, first_head, num_heads,
         IS_PARTIAL, False, HAS_SINK, HEADS_MASKED,
     )  # fmt: skip
     # fp8: a left half arrives once, when stored; a right half besides once a thread, for the rope
-    tiles = allocate_tiles(1 if IS_FP8 else 128, 129 if IS_FP8 else 128)
+    tiles = allocate_tiles(1 if IS_FP8 else 128, 129 if IS_FP8 else 128, True)
     q_start = q_ptr + row * stride_q_row + first_head * stride_q_head
-    load_query(q_start, stride_q_head, num_heads - first_head, tiles, HEADS_MASKED)
+    query = Query(q_start, stride_q_head, num_heads - first_head, HEADS_MASKED)
+    load_query(query, tiles, 0)
     if IS_FP8:
         gl.warp_specialize(
             [
-                (attend_left, (tiles, keys, result, qk_scale_log2)),
-                (attend_right, (tiles, keys, result, qk_scale_log2)),
+                (attend_left, (tiles, keys, result, qk_scale_log2, 0, 0)),
+                (attend_right, (tiles, keys, result, qk_scale_log2, 0, 0)),
                 (_load_fp8_rows, (cache_ptr, halves_ptr, keys, tiles)),
             ],
             [4, 4],
@@ -248,9 +256,9 @@ def _sparse_decode_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend_left, (tiles, keys, result, qk_scale_log2)),
-                (attend_right, (tiles, keys, result, qk_scale_log2)),
-                (load_bf16_rows, (cache_ptr, 576, keys, tiles)),
+                (attend_left, (tiles, keys, result, qk_scale_log2, 0, 0)),
+                (attend_right, (tiles, keys, result, qk_scale_log2, 0, 0)),
+                (_load_bf16_rows, (cache_ptr, keys, tiles)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, LOADER_REGISTERS],

@@ -56,7 +56,8 @@ def test_kernels_refuse(name, change, kind, sentence, kernels):
     [
         ("gluon", H100, (576, 512), None),
         ("gluon", CPU, (576, 512), "needs a Hopper GPU (sm_90), this is a CPU"),
-        ("gluon", H100, (320, 256), "needs head_dim 576/512, this case has 320/256"),
+        ("gluon", H100, (512, 512), None),
+        ("gluon", H100, (320, 256), "needs head_dim 576/512 or 512/512, this case has 320/256"),
         ("triton", H100, (512, 512), None),
         ("triton", CPU, (576, 512), "needs sm_80 or newer, this is a CPU"),
         ("triton", H100, (320, 256), "576/512 or 512/512, this case has 320/256"),
@@ -77,20 +78,26 @@ def test_registers_of_the_gluon_kernel_fit(heads):
 
 
 EMULATED = [
-    (0, 1, 128, 64, hostile.plain),
-    (1, 2, 256, 64, hostile.plain),
-    (2, 3, 300, 16, hostile.sparse_prefill_wild),
-    (3, 1, 257, 72, hostile.sparse_prefill_strided),
-    (4, 1, 1, 8, hostile.plain),
-    (5, 2, 200, 64, hostile.sparse_prefill_wild),
+    (0, 1, 128, 64, 576, hostile.plain),
+    (1, 2, 256, 64, 576, hostile.plain),
+    (2, 3, 300, 16, 576, hostile.sparse_prefill_wild),
+    (3, 1, 257, 72, 576, hostile.sparse_prefill_strided),
+    (4, 1, 1, 8, 576, hostile.plain),
+    (5, 2, 200, 64, 512, hostile.sparse_prefill_wild),
+    # several pieces a program: an odd number of pairs turns the parity of the barriers
+    (6, 5, 128, 64, 576, hostile.plain),
+    (7, 3, 310, 130, 576, hostile.sparse_prefill_wild),
+    (8, 7, 1, 8, 512, hostile.plain),
 ]
 
 
-@pytest.mark.parametrize(("seed", "queries", "topk", "heads", "mutate"), EMULATED)
-def test_gluon_emulated(seed, queries, topk, heads, mutate):
-    shape = SparsePrefillShape(seq_len_q=queries, seq_len_kv=310, topk=topk, num_heads=heads)
+@pytest.mark.parametrize(("seed", "queries", "topk", "heads", "width", "mutate"), EMULATED)
+def test_gluon_emulated(seed, queries, topk, heads, width, mutate):
+    shape = SparsePrefillShape(
+        seq_len_q=queries, seq_len_kv=310, topk=topk, num_heads=heads, head_dim_qk=width
+    )
     inputs = mutate(OPERATOR.make_inputs(shape, seed=seed, device="cpu"))
-    with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
+    with emulated_gluon(seed=seed, num_sms=2) as emulated, hostile.poisoned_outputs():
         module = emulated.load("dsa_bench.kernels.sparse_prefill_gluon")
         outputs = module.run(inputs)
     hostile.assert_right("sparse_prefill", inputs, outputs)
@@ -146,6 +153,8 @@ SHAPES = [
     SparsePrefillShape(seq_len_q=64, seq_len_kv=64, topk=1, num_heads=8),
     SparsePrefillShape(seq_len_q=1, seq_len_kv=5000),
     SparsePrefillShape(seq_len_q=9, seq_len_kv=900, topk=200, head_dim_qk=512),
+    SparsePrefillShape(seq_len_q=300, seq_len_kv=2000, topk=512, num_heads=64, head_dim_qk=512),
+    SparsePrefillShape(seq_len_q=301, seq_len_kv=900, topk=300, num_heads=24),
     SparsePrefillShape(seq_len_q=70000, seq_len_kv=70000, topk=128, num_heads=8),
 ]
 
@@ -185,3 +194,15 @@ def test_sparse_prefill_reads_keys_beyond_2_31_elements(name):
     last = torch.randint(0, 4000, (4, 256), generator=g, device="cuda", dtype=torch.int32)
     inputs = SparsePrefillInputs(q, kv, last + (num_keys - 4000), shape.sm_scale)
     hostile.assert_right("sparse_prefill", inputs, implementation.run(inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gluon", "triton"])
+def test_sparse_prefill_repeats_to_the_bit(name):
+    shape = SparsePrefillShape(seq_len_q=500, seq_len_kv=3000, topk=1000)
+    implementation = hostile.runnable("sparse_prefill", name, shape)
+    inputs = OPERATOR.make_inputs(shape, seed=11, device="cuda")
+    first = implementation.run(inputs)
+    for _ in range(20):
+        for x, y in zip(first, implementation.run(inputs), strict=True):
+            assert torch.equal(x, y)
