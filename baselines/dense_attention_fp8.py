@@ -74,9 +74,9 @@ LSE_TOLERANCE = Tolerance(abs=2.0**-9, rel=2.0**-8, cos=1e-5)
 SAMPLED_KEYS = 1024
 PIECE_KEYS = 4096
 """Keys that one accumulator may sum. Hopper adds e4m3 products with some 14 bits, so what is lost
-grows with the keys: of the output of an H100 3.6 % after 8192 and 54 % after 128K, where 3.1 % are
-allowed. The libraries sum all keys of a query, or of a part of its split, in one accumulator; here
-they are handed pieces of this length, whose results are joined in fp32.
+grows with the keys. The libraries sum all keys of a query, or of a part of its split, in one
+accumulator: on an H100 the output of 128K keys is 53 % off, in pieces of 8192 keys 4.1 %, of 4096
+keys, whose results are joined in fp32, 1.9 %, where 3.1 % are allowed (`docs/results/h100`).
 Source: https://github.com/Dao-AILab/flash-attention/pull/2250."""
 PARTIAL_RESULTS = 132
 """Parts, beyond one a sequence, that a decode is split into: an H100 has as many SMs."""
@@ -254,14 +254,14 @@ def num_pieces(seq_len_kv: int) -> int:
 
 
 def memory(shape: DenseAttentionShape) -> Memory:
-    """Inputs and outputs exactly; the fp32 results of the pieces, if there are several, or in
+    """Inputs and outputs exactly; the fp32 results of the pieces, if there are several, and in
     decode of the parts of a split."""
     needed = cost(shape)
+    pieces = num_pieces(shape.seq_len_kv)
     if shape.is_prefill:
-        pieces = num_pieces(shape.seq_len_kv)
         parts = pieces if pieces > 1 else 0
     else:
-        parts = shape.batch_size + PARTIAL_RESULTS
+        parts = shape.batch_size * pieces + PARTIAL_RESULTS
     rows = parts * shape.seq_len_q * shape.num_heads
     return Memory(
         input_bytes=int(needed.bytes_read),

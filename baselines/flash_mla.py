@@ -20,6 +20,7 @@ a step. Here it is made at the first call of a shape and kept, so its kernel is 
 to 7 µs a step).
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -54,6 +55,8 @@ from dsa_bench.operator import Implementation, Machine, Unsupported
 PAGE_SIZE = 64
 HEADS_TAKEN = (64, 128)
 PREFILL_TOPK_MULTIPLE, DECODE_TOPK_MULTIPLE = 128, 64
+MAX_SEQUENCES = 4095
+"""Of one schedule of the fp8 decode; one more ends the process."""
 WHEEL_MODULE = "sgl_kernel"
 WHEEL_FILE = "flashmla_ops.abi3.so"
 
@@ -244,14 +247,24 @@ def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
     keys_of_a_part = min(seq_len_kv, batch_size * seq_len_kv // schedule.metadata.shape[0])
     if keys_of_a_part <= PIECE_KEYS or q.shape[1] > 1:
         return DenseOutputs(*_attend_fp8(inputs, q, *pages, schedule))
-    pieces = _pieces(batch_size, seq_len_kv, q.device)
-    copies = q.repeat(num_pieces(seq_len_kv), 1, 1, 1)
+    out = torch.empty(*q.shape[:-1], inputs.head_dim_v, dtype=torch.bfloat16, device=q.device)
+    lse = torch.empty(q.shape[:-1], device=q.device)
+    at_once = MAX_SEQUENCES // num_pieces(seq_len_kv)
+    for first in range(0, batch_size, at_once):
+        rows = slice(first, first + at_once)
+        some = dataclasses.replace(inputs, q=q[rows], kv=inputs.kv[rows])
+        _decode_fp8_pieces(some, out[rows], lse[rows])
+    return DenseOutputs(out, lse)
+
+
+def _decode_fp8_pieces(inputs: Fp8DecodeInputs, out: Tensor, lse: Tensor) -> None:
+    """Each piece a sequence, then the pieces of a sequence joined into `out` and `lse`."""
+    batch_size, seq_len_kv, _ = inputs.kv.shape
+    pieces = _pieces(batch_size, seq_len_kv, inputs.q.device)
+    copies = inputs.q.repeat(num_pieces(seq_len_kv), 1, 1, 1)
     schedule = _schedule_fp8(copies, *pieces, seq_len_kv)
     part, part_lse = _attend_fp8(inputs, copies, *pieces, schedule)
-    out = torch.empty(*q.shape[:-1], inputs.head_dim_v, dtype=part.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], device=q.device)
     combine_splits(part, part_lse * LOG2_E, num_pieces(seq_len_kv), None, out, lse)
-    return DenseOutputs(out, lse)
 
 
 def _needs_hopper(machine: Machine) -> str | None:
@@ -309,6 +322,11 @@ def _supports_dense_decode_fp8(shape: DenseAttentionShape, machine: Machine) -> 
         return (
             "the package flash_mla has no dense decode in fp8, the wheel has"
             " (uninstall flash_mla, and pip install sglang-kernel)"
+        )
+    if reason is None and shape.batch_size > MAX_SEQUENCES:
+        return (
+            f"flash_mla takes up to {MAX_SEQUENCES} sequences in fp8,"
+            f" this case has {shape.batch_size}"
         )
     if reason is None and num_pieces(shape.seq_len_kv) > MAX_SPLITS:
         return (
