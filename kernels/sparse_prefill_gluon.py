@@ -7,7 +7,8 @@ ahead into the next piece: query and first rows are there when the consumers hav
 result. Programs that stand side by side work on one query, so that its rows are gathered once from
 HBM and meet in L2. Tensor cores should bind it; measured, an H100 lowers its clock to stay at
 700 W, and from 32K keys on L2 gives no more than 4.5 … 5 TB/s. Supports any number of heads (64 at
-a time, the rest of a tile is padding), queries and keys, rows of 576 and of 512.
+a time, the rest of a tile is padding), queries and keys, rows of 576 and of 512. What was tried and
+what it gave: `docs/kernels/sparse_prefill.md`.
 """
 
 from dataclasses import dataclass
@@ -232,8 +233,8 @@ def choose_config(num_heads: int, topk: int) -> SparsePrefillConfig:
     """One for all shapes: 216/72 compiles without spills for every flag; 224/56 spills 16 bytes
     with all flags, 232/40 48 bytes without any.
 
-    H100, 128 heads, topk 2048, at 8K / 32K / 128K keys, against FlashMLA in the same run: 224/56
-    1.03 / 1.01 / 1.01, 208/88 1.03 / 1.01 / 1.01.
+    H100, 128 heads, topk 2048, at 8K / 32K / 128K keys, times as fast as FlashMLA in the same run:
+    216/72 1.03 / 1.08 / 1.03, and in another 224/56 and 208/88 both 1.03 / 1.01 / 1.01.
     """
     return SparsePrefillConfig()
 
