@@ -22,6 +22,9 @@ AUTO_MODE = "auto"
 INPUT_KINDS = ("random", "needle", "local", "heavy")
 """Made-up inputs of an operator that has the axis; see kernels/content.py."""
 RANDOM_INPUTS = INPUT_KINDS[0]
+OVERLAP = "overlap="
+"""Lists of keys that share R of 0 … 1 with the list before, `overlap=R`; kernels/index_patterns.py.
+"""
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
 CHECKSUM = "crc32"
 """Field behind all others in a line of a run folder; it belongs to the line, not to the record."""
@@ -78,7 +81,7 @@ class Case:
     tensor_parallel: int = 1
     """Ranks among which the heads are divided; a case is the work of one of them."""
     inputs: str = RANDOM_INPUTS
-    """One of INPUT_KINDS, or the path of a .safetensors file that holds captured inputs."""
+    """One of INPUT_KINDS, `overlap=R`, or the path of a .safetensors file of captured inputs."""
     weights: str = ""
     """FILE or FILE:LAYER of the weights; empty: made up."""
 
@@ -124,6 +127,17 @@ LATER_FIELDS: Mapping[str, Any] = {
     if field.name in ("mode", "tensor_parallel", "inputs", "weights")
 }
 """Fields of a case that came after the first keys, with their defaults."""
+
+
+def overlap_of(inputs: str) -> float | None:
+    """R of `overlap=R`, from 0 to 1; None of other inputs."""
+    if not inputs.startswith(OVERLAP):
+        return None
+    try:
+        share = float(inputs.removeprefix(OVERLAP))
+    except ValueError:
+        return None
+    return share if 0.0 <= share <= 1.0 else None
 
 
 def split_weights(text: str) -> tuple[str, int | None]:

@@ -23,9 +23,11 @@ from dsa_bench.record import (
     INPUT_KINDS,
     LATER_FIELDS,
     MODES,
+    OVERLAP,
     PHASES,
     RANDOM_INPUTS,
     Case,
+    overlap_of,
     split_weights,
 )
 from dsa_bench.sizes import SIZES_HINT, format_size, parse_sizes
@@ -158,14 +160,20 @@ def _choices(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _inputs(name: str, value: Any) -> tuple[str, ...]:
-    """Kinds of made-up inputs, and paths of files that exist."""
-    words = _words(name, value)
-    for word in words:
+    """Kinds of made-up inputs, and paths of files that exist; `overlap=0.90` as `overlap=0.9`."""
+    words = []
+    for word in _words(name, value):
         if word.endswith(TENSORS_SUFFIX):
             _expect_file(name, word)
+        elif word.startswith(OVERLAP):
+            share = overlap_of(word)
+            if share is None:
+                raise UsageError(f"{name} {OVERLAP}R takes R from 0 to 1, got {word!r}")
+            word = f"{OVERLAP}{share:g}"
         elif word not in INPUT_KINDS:
-            raise unknown(name, word, (*INPUT_KINDS, f"FILE{TENSORS_SUFFIX}"))
-    return words
+            raise unknown(name, word, (*INPUT_KINDS, f"{OVERLAP}0.9", f"FILE{TENSORS_SUFFIX}"))
+        words.append(word)
+    return tuple(dict.fromkeys(words))
 
 
 def _weights(name: str, value: Any) -> str:

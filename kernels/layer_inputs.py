@@ -29,7 +29,7 @@ from dsa_bench.kernels.paging import make_block_table
 from dsa_bench.kernels.rope import rope_table
 from dsa_bench.operator import Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import split_weights
+from dsa_bench.record import INPUT_KINDS, split_weights
 
 SUFFIX = ".safetensors"
 CONTENT_WIDTH = 64
@@ -65,6 +65,9 @@ class LayerShape:
                 f"seq_len_q {self.seq_len_q} must be 1 … seq_len_kv {self.seq_len_kv}"
                 " (the new tokens end at L)"
             )
+        if self.inputs not in INPUT_KINDS and not self.inputs.endswith(SUFFIX):
+            known = ", ".join((*INPUT_KINDS, f"FILE{SUFFIX}"))
+            raise Unsupported(f"unknown inputs {self.inputs!r} of a layer; known: {known}")
         if self.num_heads % self.tensor_parallel:
             raise Unsupported(
                 f"{self.num_heads} heads do not divide among {self.tensor_parallel} ranks (--tp)"

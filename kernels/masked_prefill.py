@@ -34,7 +34,8 @@ from torch import Tensor
 from dsa_bench.accuracy import Check, compare_tensors
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.attention import LSE_TOLERANCE, OUT_TOLERANCE, budget_checks
-from dsa_bench.kernels.sparse_prefill import make_attention_tensor, random_indices
+from dsa_bench.kernels.index_patterns import random_indices
+from dsa_bench.kernels.sparse_prefill import make_attention_tensor
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import Check, shape_differs
+from dsa_bench.kernels.index_patterns import random_indices
 from dsa_bench.kernels.paging import make_block_table
-from dsa_bench.kernels.sparse_prefill import random_indices
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case

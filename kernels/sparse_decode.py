@@ -41,6 +41,7 @@ from dsa_bench.kernels.attention import (
     budget_checks,
     row_chunk,
 )
+from dsa_bench.kernels.index_patterns import expect_pattern, listed_keys, make_indices
 from dsa_bench.kernels.paged_indexer import expect_new_tokens
 from dsa_bench.kernels.paging import (
     HEAD_DIM_QK,
@@ -51,10 +52,10 @@ from dsa_bench.kernels.paging import (
     pack_mla_rows,
     unpack_mla_rows,
 )
-from dsa_bench.kernels.sparse_prefill import make_attention_tensor, random_indices
+from dsa_bench.kernels.sparse_prefill import make_attention_tensor
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import RANDOM_INPUTS, Case
 
 MAX_SPLITS = 16
 PARTIAL_ROWS = 2**15
@@ -73,11 +74,14 @@ class SparseDecodeShape:
     page_size: int = 64
     precision: str = "fp8"
     sm_scale: float = Preset(name="").sm_scale
+    inputs: str = RANDOM_INPUTS
+    """Which keys the queries list: a pattern of `index_patterns.py`."""
 
     def __post_init__(self) -> None:
         expect_new_tokens(self.seq_len_q, self.seq_len_kv)
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
+        expect_pattern(self.inputs, first_visible=self.seq_len_kv, topk=self.topk)
 
     @property
     def max_pages(self) -> int:
@@ -86,6 +90,23 @@ class SparseDecodeShape:
     @property
     def queries(self) -> int:
         return self.batch_size * self.seq_len_q
+
+    @property
+    def listed_keys(self) -> float:
+        """Different keys that the q = seq_len_q queries of a sequence of L tokens list together.
+
+        Where they list k of them independently, L · (1 - (1 - k/L)^q) on average; with q = 1 k.
+        """
+        if self.inputs == RANDOM_INPUTS:
+            unread = (1.0 - self.topk / self.seq_len_kv) ** self.seq_len_q
+            return self.seq_len_kv * (1.0 - unread)
+        return listed_keys(
+            self.inputs,
+            first_visible=self.seq_len_kv,
+            last_visible=self.seq_len_kv,
+            topk=self.topk,
+            num_queries=self.seq_len_q,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +127,7 @@ class SparseDecodeOutputs(NamedTuple):
 def make_inputs(
     shape: SparseDecodeShape, *, seed: int, device: torch.device | str
 ) -> SparseDecodeInputs:
-    """Random queries and cache; a query selects distinct random rows of its own sequence."""
+    """Random queries and cache; a query lists rows of its own sequence, by the shape's pattern."""
     g = torch.Generator(device=device).manual_seed(seed)
 
     def latent_pages(pages: int) -> tuple[Tensor, ...]:
@@ -120,7 +141,7 @@ def make_inputs(
         shape.batch_size, shape.seq_len_q, shape.num_heads, HEAD_DIM_QK, generator=g
     )
     visible = torch.full((shape.queries,), shape.seq_len_kv, device=device)
-    positions = random_indices(visible, shape.seq_len_kv, shape.topk, g)
+    positions = make_indices(shape.inputs, visible, shape.seq_len_kv, shape.topk, g)
     first_slot = torch.arange(shape.batch_size, device=device, dtype=torch.int32)
     first_slot *= shape.max_pages * shape.page_size
     slots = positions.view(shape.batch_size, shape.seq_len_q, -1) + first_slot[:, None, None]
@@ -218,16 +239,10 @@ def check_arguments(
 
 
 def cost(shape: SparseDecodeShape) -> Cost:
-    """2 · num_heads · (576 + 512) FLOP a selected row; distinct rows are read once, as is the rest.
-
-    The seq_len_q = q queries of a sequence of L tokens select k rows each. Where they do so
-    independently, L · (1 - (1 - k/L)^q) rows are distinct on average; with q = 1 these are k.
-    """
+    """2 · num_heads · (576 + 512) FLOP a selected row; rows listed often are read once."""
     heads = shape.queries * shape.num_heads
     entries = shape.queries * shape.topk
-    unread = (1.0 - shape.topk / shape.seq_len_kv) ** shape.seq_len_q
-    rows = shape.batch_size * shape.seq_len_kv * (1.0 - unread)
-    row_bytes = rows * mla_row_bytes(shape.precision)
+    row_bytes = shape.batch_size * shape.listed_keys * mla_row_bytes(shape.precision)
     return Cost(
         flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * entries,
         bytes_read=2.0 * heads * HEAD_DIM_QK + row_bytes + 4.0 * entries,
@@ -259,6 +274,7 @@ def shape_of(case: Case, preset: Preset) -> SparseDecodeShape:
         page_size=preset.page_size,
         precision=case.precision,
         sm_scale=preset.sm_scale,
+        inputs=case.inputs,
     )
 
 
@@ -266,7 +282,7 @@ OPERATOR = Operator(
     name="sparse_decode",
     summary="multi-query attention of new tokens over selected rows of a paged cache",
     phases=("decode",),
-    axes=frozenset({"topk", "precision", "batch_size", "num_heads"}),
+    axes=frozenset({"topk", "precision", "batch_size", "num_heads", "inputs"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,

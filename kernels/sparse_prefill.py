@@ -41,9 +41,10 @@ from dsa_bench.kernels.attention import (
     budget_checks,
     row_chunk,
 )
+from dsa_bench.kernels.index_patterns import expect_pattern, listed_keys, make_indices
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import RANDOM_INPUTS, Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,8 @@ class SparsePrefillShape:
     head_dim_qk: int = 576
     head_dim_v: int = 512
     sm_scale: float = Preset(name="").sm_scale
+    inputs: str = RANDOM_INPUTS
+    """Which keys the queries list: a pattern of `index_patterns.py`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seq_len_q <= self.seq_len_kv:
@@ -66,11 +69,30 @@ class SparsePrefillShape:
             )
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
+        expect_pattern(self.inputs, first_visible=self.first_visible, topk=self.topk)
+
+    @property
+    def first_visible(self) -> int:
+        """Keys that the first query sees."""
+        return self.seq_len_kv - self.seq_len_q + 1
+
+    @property
+    def listed_keys(self) -> int:
+        """Different keys of all lists; of random ones, if there are enough, every key."""
+        if self.inputs == RANDOM_INPUTS:
+            return min(self.seq_len_kv, self.pairs)
+        return listed_keys(
+            self.inputs,
+            first_visible=self.first_visible,
+            last_visible=self.seq_len_kv,
+            topk=self.topk,
+            num_queries=self.seq_len_q,
+        )
 
     @property
     def pairs(self) -> int:
         """Valid (query, selected key) pairs: Σ_i min(visible keys of i, topk)."""
-        first = self.seq_len_kv - self.seq_len_q + 1
+        first = self.first_visible
         short = max(0, min(self.topk, self.seq_len_kv + 1) - first)
         return short * first + short * (short - 1) // 2 + (self.seq_len_q - short) * self.topk
 
@@ -106,33 +128,15 @@ def make_attention_tensor(
     return x.div_(10).add_(offset).clamp_(-10, 10).bfloat16()
 
 
-def random_indices(
-    num_visible: Tensor, num_keys: int, topk: int, generator: torch.Generator
-) -> Tensor:
-    """[rows, topk] int32: distinct random positions below num_visible[i], unordered, then -1."""
-    rows = num_visible.shape[0]
-    out = torch.empty(rows, topk, dtype=torch.int32, device=generator.device)
-    columns = torch.arange(num_keys, device=generator.device)
-    chunk = max(1, 2**25 // num_keys)
-    for begin in range(0, rows, chunk):
-        part = num_visible[begin : begin + chunk, None]
-        draw = torch.rand(part.shape[0], num_keys, generator=generator, device=generator.device)
-        draw = torch.where(columns < part, draw, -1.0)
-        best = draw.topk(topk, dim=1, sorted=True)
-        out[begin : begin + chunk] = torch.where(best.values >= 0, best.indices, -1).to(torch.int32)
-    return out
-
-
 def make_inputs(
     shape: SparsePrefillShape, *, seed: int, device: torch.device | str
 ) -> SparsePrefillInputs:
-    """Random queries and keys; each query selects random keys that it can see."""
+    """Random queries and keys; each query lists keys that it can see, by the shape's pattern."""
     g = torch.Generator(device=device).manual_seed(seed)
     q = make_attention_tensor(shape.seq_len_q, shape.num_heads, shape.head_dim_qk, generator=g)
     kv = make_attention_tensor(shape.seq_len_kv, shape.head_dim_qk, generator=g)
-    first = shape.seq_len_kv - shape.seq_len_q + 1
-    num_visible = torch.arange(first, shape.seq_len_kv + 1, device=device)
-    indices = random_indices(num_visible, shape.seq_len_kv, shape.topk, g)
+    num_visible = torch.arange(shape.first_visible, shape.seq_len_kv + 1, device=device)
+    indices = make_indices(shape.inputs, num_visible, shape.seq_len_kv, shape.topk, g)
     return SparsePrefillInputs(q, kv, indices, shape.sm_scale, shape.head_dim_v)
 
 
@@ -225,11 +229,10 @@ def expect_aligned(name: str, tensor: Tensor) -> None:
 def cost(shape: SparsePrefillShape) -> Cost:
     """2 · num_heads · (head_dim_qk + head_dim_v) FLOP a valid pair; each tensor once."""
     heads = shape.seq_len_q * shape.num_heads
-    keys = min(shape.seq_len_kv, shape.pairs)
     return Cost(
         flops=2.0 * shape.num_heads * (shape.head_dim_qk + shape.head_dim_v) * shape.pairs,
         bytes_read=2.0 * heads * shape.head_dim_qk
-        + 2.0 * keys * shape.head_dim_qk
+        + 2.0 * shape.listed_keys * shape.head_dim_qk
         + 4.0 * shape.seq_len_q * shape.topk,
         bytes_written=heads * (2.0 * shape.head_dim_v + 8.0),
     )
@@ -259,6 +262,7 @@ def shape_of(case: Case, preset: Preset) -> SparsePrefillShape:
         head_dim_qk=preset.head_dim_qk,
         head_dim_v=preset.head_dim_v,
         sm_scale=preset.sm_scale,
+        inputs=case.inputs,
     )
 
 
@@ -266,7 +270,7 @@ OPERATOR = Operator(
     name="sparse_prefill",
     summary="multi-query attention of a prefill chunk over selected keys",
     phases=("prefill",),
-    axes=frozenset({"topk", "num_heads"}),
+    axes=frozenset({"topk", "num_heads", "inputs"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,

@@ -134,6 +134,7 @@ def test_layers_later_win_and_phase_tables_stand_over_their_file() -> None:
         ({"tensor_parallel": "a"}, "a.toml: tensor_parallel must be sizes like"),
         ({"precision": "fp32"}, "a.toml: precision 'fp32' is unknown; known: bf16, fp8"),
         ({"inputs": "neddle"}, "a.toml: inputs 'neddle' is unknown; did you mean 'needle'?"),
+        ({"inputs": "overlap=2"}, "a.toml: inputs overlap=R takes R from 0 to 1, got 'overlap=2'"),
         ({"inputs": "no.safetensors"}, "a.toml: inputs: there is no file no.safetensors"),
         ({"weights": "no.safetensors:3"}, "a.toml: weights: there is no file no.safetensors "),
         ({"weights": "w.bin"}, "a.toml: weights must name a .safetensors file, got 'w.bin'"),
@@ -219,6 +220,11 @@ def test_cases_have_ranks_inputs_and_weights_where_the_operator_has(file: str) -
         ("layer", 8, "my file.safetensors", "my file.safetensors:3"),
         ("dsa", 1, "random", ""),
     ]
+
+
+def test_an_overlap_has_one_spelling() -> None:
+    wanted = make(op="layer", phase="prefill", seq_len_kv="4k", inputs="overlap=0.90,overlap=.9")
+    assert [c.inputs for c in sweep.cases(wanted, {"layer": LAYER})] == ["overlap=0.9"]
 
 
 def test_ranks_divide_the_heads() -> None:

@@ -59,7 +59,11 @@ TensorParallel = Annotated[
 ]
 Inputs = Annotated[
     str | None,
-    _text("--inputs", metavar="LIST", help="random,needle,local,heavy or a .safetensors file"),
+    _text(
+        "--inputs",
+        metavar="LIST",
+        help="random,needle,local,heavy,overlap=0.9 or a .safetensors file",
+    ),
 ]
 Weights = Annotated[
     str | None, _text("--weights", metavar="FILE[:LAYER]", help="Weights of a layer (.safetensors)")

@@ -1,0 +1,107 @@
+"""Which keys the queries of made-up inputs list, where an operator is handed the lists.
+
+Query i sees the keys 0 … num_visible[i] - 1 and lists min(num_visible[i], topk) of them, all
+different and in random order, then -1.
+
+    random      any of them, whatever the query before lists. Nothing is shared but by chance, so
+                nearly every row is gathered anew: the hardest case.
+    local       the first SINKS keys and the latest topk - SINKS: a sliding window with attention
+                sinks. Queries side by side share all but one key.
+    overlap=R   a share R, 0 … 1, of a list stands in the list of the query before, and of
+                the list before that one less: window after window of one random order of the keys
+                that the first query sees. What else it lists is new.
+
+Trained indexers lie between: their selections overlap from query to query, and a kernel or a cache
+may gain by it, which random lists hide.
+
+Source: sliding window with sinks as in StreamingLLM.
+"""
+
+import torch
+from torch import Tensor
+
+from dsa_bench.operator import Unsupported
+from dsa_bench.record import OVERLAP, RANDOM_INPUTS, overlap_of
+
+LOCAL = "local"
+SINKS = 4
+DRAWN_AT_ONCE = 2**25
+
+
+def expect_pattern(pattern: str, *, first_visible: int, topk: int) -> None:
+    """Raise Unsupported for what is no pattern, or none where a query sees so few keys."""
+    overlap = overlap_of(pattern)
+    if pattern not in (RANDOM_INPUTS, LOCAL) and overlap is None:
+        raise Unsupported(
+            f"keys are listed as {RANDOM_INPUTS}, {LOCAL} or {OVERLAP}R, not as {pattern!r}"
+            " (change --inputs)"
+        )
+    if overlap is not None and topk > first_visible:
+        raise Unsupported(
+            f"inputs {pattern} need a first query that sees topk {topk} keys or more,"
+            f" it sees {first_visible} (pass a longer -L, or a shorter --seq-len-q)"
+        )
+
+
+def new_keys(overlap: float, topk: int) -> int:
+    """Keys of a list that the list before does not hold."""
+    return round((1.0 - overlap) * topk)
+
+
+def listed_keys(
+    pattern: str, *, first_visible: int, last_visible: int, topk: int, num_queries: int
+) -> int:
+    """Different keys that the lists of `local` or `overlap=R` hold together."""
+    overlap = overlap_of(pattern)
+    if overlap is None:
+        return min(last_visible, topk + last_visible - first_visible)
+    return min(first_visible, topk + (num_queries - 1) * new_keys(overlap, topk))
+
+
+def make_indices(
+    pattern: str, num_visible: Tensor, num_keys: int, topk: int, generator: torch.Generator
+) -> Tensor:
+    """[rows, topk] int32 of a pattern, for queries that see num_visible [rows] of num_keys."""
+    if pattern == RANDOM_INPUTS:
+        return random_indices(num_visible, num_keys, topk, generator)
+    overlap = overlap_of(pattern)
+    if overlap is None:
+        return _shuffled(_windows(num_visible, topk), generator)
+    order = torch.randperm(
+        int(num_visible.min()), generator=generator, device=generator.device, dtype=torch.int64
+    )
+    begin = torch.arange(num_visible.shape[0], device=order.device) * new_keys(overlap, topk)
+    entries = torch.arange(topk, device=order.device)
+    return _shuffled(order[(begin[:, None] + entries) % order.shape[0]], generator)
+
+
+def random_indices(
+    num_visible: Tensor, num_keys: int, topk: int, generator: torch.Generator
+) -> Tensor:
+    """[rows, topk] int32: distinct random positions below num_visible[i], unordered, then -1."""
+    rows = num_visible.shape[0]
+    out = torch.empty(rows, topk, dtype=torch.int32, device=generator.device)
+    columns = torch.arange(num_keys, device=generator.device)
+    chunk = max(1, DRAWN_AT_ONCE // num_keys)
+    for begin in range(0, rows, chunk):
+        part = num_visible[begin : begin + chunk, None]
+        draw = torch.rand(part.shape[0], num_keys, generator=generator, device=generator.device)
+        draw = torch.where(columns < part, draw, -1.0)
+        best = draw.topk(topk, dim=1, sorted=True)
+        out[begin : begin + chunk] = torch.where(best.values >= 0, best.indices, -1).to(torch.int32)
+    return out
+
+
+def _windows(num_visible: Tensor, topk: int) -> Tensor:
+    """Sinks and the latest keys in order of position, -1 where a query sees fewer."""
+    entries = torch.arange(topk, device=num_visible.device)
+    skipped = (num_visible - topk).clamp(min=0)[:, None]
+    keys = torch.where(entries < SINKS, entries, skipped + entries)
+    return torch.where(keys < num_visible[:, None], keys, -1)
+
+
+def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row in an order of its own, -1 last; int32."""
+    draw = torch.rand(indices.shape, generator=generator, device=generator.device)
+    order = torch.where(indices < 0, 2.0, draw).argsort(dim=1)
+    return indices.gather(1, order).to(torch.int32)
