@@ -167,6 +167,14 @@ def ticks(axis: Axis, low: float, high: float) -> list[float]:
     return found if len(found) > 1 else _even_ticks(low, high, 10)
 
 
+def end_label(figure: Figure, series: Series) -> str:
+    """The name of a line at the right edge; of one that ends before the edge, also where."""
+    last = series.points[-1].x
+    if last >= x_domain(figure)[1] or len(figure.lengths) == 1:
+        return series.label
+    return f"{series.label}, to {figure.x.text(last)}"
+
+
 def label_heights(wanted: Sequence[float], gap: float) -> list[float]:
     """Heights (0 bottom, 1 top) near the wanted ones, in their order, at least `gap` apart.
 

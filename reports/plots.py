@@ -23,6 +23,7 @@ from dsa_bench.reports.chart import (
     Series,
     axis_share,
     color,
+    end_label,
     joined,
     label_heights,
     level_style,
@@ -234,7 +235,7 @@ def _label_lines(axes: Axes, figure: Figure) -> None:
     wanted = [axis_share(figure, s.points[-1].y) for s in drawn]
     for series, height in zip(drawn, label_heights(wanted, LABEL_GAP), strict=True):
         axes.annotate(
-            series.label,
+            end_label(figure, series),
             (1.0, height),
             xycoords="axes fraction",
             xytext=(10, 0),

@@ -10,6 +10,7 @@ from dsa_bench.reports.chart import (
     Mark,
     Series,
     axis_share,
+    end_label,
     label_heights,
     level_style,
     marker,
@@ -294,7 +295,7 @@ def _line_labels(figure: Figure, x: dict[str, Any], y: dict[str, Any]) -> list[d
     wanted = [axis_share(figure, p.y) for p in ends]
     layers = []
     for series, height in zip(drawn, label_heights(wanted, LABEL_GAP), strict=True):
-        row = {"label": series.label}
+        row = {"label": end_label(figure, series)}
         text = {
             "type": "text",
             "align": "left",

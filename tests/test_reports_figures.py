@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsa_bench.record import Case, Record
-from dsa_bench.reports import chart, lines, plots, published, vega
+from dsa_bench.reports import chart, lines, plots, published, units, vega
 from dsa_bench.reports.chart import Axis, Figure, Point, Series
 from dsa_bench.reports.digest import digest
 from dsa_bench.reports.figures import MAKERS, figures
@@ -277,6 +277,22 @@ def test_labels_keep_apart(wanted: list[float], expected: list[float]) -> None:
     # the order of the labels is the order of the lines
     ranks = sorted(range(len(wanted)), key=lambda i: wanted[i])
     assert ranks == sorted(range(len(wanted)), key=lambda i: heights[i])
+
+
+def test_a_line_that_ends_early_says_where() -> None:
+    def line(label: str, *lengths: int) -> Series:
+        points = tuple(Point(x=length, y=1.0, text="") for length in lengths)
+        return Series(label=label, role="dense0", points=points)
+
+    length = Axis(title="L", text=units.format_length, base=2)
+    figure = Figure(
+        name="a", title="", question="", answer="", x=length, y=Axis(title="", text=str),
+        series=(line("long", 8192, 32768, 131072), line("short", 8192, 32768)),
+    )  # fmt: skip
+    assert [chart.end_label(figure, s) for s in figure.series] == ["long", "short, to 32K"]
+    alone = replace(figure, series=(line("one length", 8192),))
+    assert chart.end_label(alone, alone.series[0]) == "one length"
+    assert '"short, to 32K"' in json.dumps(vega.spec(figure))
 
 
 @pytest.mark.parametrize(
