@@ -94,6 +94,23 @@ def sparse_prefill_strided(inputs: Any) -> Any:
     )
 
 
+def sparse_prefill_paged(inputs: Any) -> Any:
+    """The keys as rows of a paged cache: pages in any order, those of others and the end of the
+    last one NaN."""
+    (num_keys, width), page_size = inputs.kv.shape, 64
+    num_pages = -(-num_keys // page_size)
+    g = torch.Generator().manual_seed(9)
+    table = torch.randperm(2 * num_pages + 1, generator=g)[:num_pages].to(inputs.kv.device)
+    rows = inputs.kv.new_full([(2 * num_pages + 1) * page_size, width], NAN)
+    keys = torch.arange(num_keys, device=rows.device)
+    slots = table[keys // page_size] * page_size + keys % page_size
+    rows[slots] = inputs.kv
+    indices = inputs.topk_indices
+    valid = (indices >= 0) & (indices < num_keys)
+    listed = torch.where(valid, slots[torch.where(valid, indices, 0).long()], -1)
+    return dataclasses.replace(inputs, kv=rows, topk_indices=listed.to(torch.int32))
+
+
 def peaked(inputs: Any) -> Any:
     """Queries ten times larger: the softmax is nearly one-hot."""
     return dataclasses.replace(inputs, q=inputs.q * 10)
@@ -330,7 +347,11 @@ def head_linear_shared(inputs: Any) -> Any:
 MUTATIONS: dict[str, dict[str, Mutation]] = {
     "head_linear": {"strided": head_linear_strided, "shared": head_linear_shared},
     "linear": {"uneven": linear_uneven, "strided": linear_strided},
-    "sparse_prefill": {"wild": sparse_prefill_wild, "strided": sparse_prefill_strided},
+    "sparse_prefill": {
+        "wild": sparse_prefill_wild,
+        "strided": sparse_prefill_strided,
+        "paged": sparse_prefill_paged,
+    },
     "sparse_decode": {"wild": sparse_decode_wild},
     "indexer": {"ragged": indexer_ragged, "silent": indexer_silent},
     "paged_indexer": {"ragged": paged_indexer_ragged},

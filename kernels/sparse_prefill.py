@@ -17,7 +17,8 @@ Shapes:
 
 Conventions: an index outside 0 … seq_len_kv - 1 is skipped, whatever its value; a repeated index
 counts twice; there is no causal mask, the list is the mask. A row without a valid index: out 0,
-max_logits -inf, lse +inf.
+max_logits -inf, lse +inf. A paged bf16 cache needs no copy: kv is the cache seen as rows,
+kv_cache.flatten(0, 1), and topk_indices its slots, as `page_slots` makes them.
 
 Source: DeepSeek-V3.2 report, section 2.1; FlashMLA `flash_mla_sparse_fwd`. `sm_scale` has no
 default: 576^-1/2, which others default to, is wrong for V3.2.

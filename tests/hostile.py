@@ -46,6 +46,7 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     peaked,
     plain,
     sparse_decode_wild,
+    sparse_prefill_paged,
     sparse_prefill_strided,
     sparse_prefill_wild,
     topk_rows,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsa_bench.baselines.merge import merge_by_lse
-from dsa_bench.kernels import attention
+from dsa_bench.kernels import attention, page_slots
 from dsa_bench.kernels.sparse_prefill import (
     OPERATOR,
     SparsePrefillOutputs,
@@ -74,12 +74,28 @@ def with_duplicates(inputs):
 @pytest.mark.parametrize(
     "mutate",
     [hostile.plain, with_sink, with_lens, with_duplicates, hostile.sparse_prefill_wild,
-     hostile.sparse_prefill_strided],
+     hostile.sparse_prefill_strided, hostile.sparse_prefill_paged],
     ids=lambda mutate: mutate.__name__,
 )  # fmt: skip
 def test_reference_matches_loops(mutate):
     inputs = mutate(small())
     assert_equal(OPERATOR.reference(inputs), loops(inputs))
+
+
+def test_a_paged_cache_is_read_where_it_lies():
+    """Pages in any order, NaN in those of others; slots as page_slots makes them."""
+    inputs = replace(small(seq_len_kv=150, topk=90), attn_sink=torch.tensor([0.7, INF, -INF]))
+    inputs.topk_indices[3, 50:] = -1
+    cache = torch.full((7, 64, 576), NAN).bfloat16()
+    table = torch.tensor([[5, 0, 3]], dtype=torch.int32)
+    for page, keys in zip(table[0].tolist(), inputs.kv.split(64), strict=True):
+        cache[page, : len(keys)] = keys
+    listed = page_slots.PageSlotsInputs(inputs.topk_indices[None], table, 64)
+    (slots,) = page_slots.reference(listed)
+    paged = replace(inputs, kv=cache.flatten(0, 1), topk_indices=slots[0])
+    assert paged.kv.data_ptr() == cache.data_ptr()
+    for one, other in zip(OPERATOR.reference(paged), OPERATOR.reference(inputs), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_order_of_indices_does_not_matter():

@@ -88,6 +88,7 @@ EMULATED = [
     (6, 5, 128, 64, 576, hostile.plain),
     (7, 3, 310, 130, 576, hostile.sparse_prefill_wild),
     (8, 7, 1, 8, 512, hostile.plain),
+    (9, 3, 200, 70, 576, hostile.sparse_prefill_paged),
 ]
 
 
@@ -128,6 +129,7 @@ INTERPRETED = [
     (1, 1, 1, 3, hostile.plain),
     (2, 3, 70, 20, hostile.sparse_prefill_wild),
     (3, 2, 130, 70, hostile.sparse_prefill_strided),
+    (4, 2, 100, 20, hostile.sparse_prefill_paged),
 ]
 
 
