@@ -255,18 +255,20 @@ def num_pieces(seq_len_kv: int) -> int:
 
 def memory(shape: DenseAttentionShape) -> Memory:
     """Inputs and outputs exactly; the fp32 results of the pieces, if there are several, and in
-    decode of the parts of a split."""
+    decode of the parts of a split, where pieces have queries and bf16 results of their own too."""
     needed = cost(shape)
-    pieces = num_pieces(shape.seq_len_kv)
+    heads = shape.seq_len_q * shape.num_heads
+    pieces = shape.batch_size * num_pieces(shape.seq_len_kv)
+    is_cut = pieces > shape.batch_size
     if shape.is_prefill:
-        parts = pieces if pieces > 1 else 0
+        parts, row_bytes = pieces if is_cut else 0, 0
     else:
-        parts = shape.batch_size * pieces + PARTIAL_RESULTS
-    rows = parts * shape.seq_len_q * shape.num_heads
+        parts = pieces + PARTIAL_RESULTS
+        row_bytes = 2 * shape.head_dim_v + shape.head_dim_qk if is_cut else 0
     return Memory(
         input_bytes=int(needed.bytes_read),
         output_bytes=int(needed.bytes_written),
-        workspace_bytes=4 * rows * (shape.head_dim_v + 1),
+        workspace_bytes=heads * (4 * parts * (shape.head_dim_v + 1) + pieces * row_bytes),
     )
 
 

@@ -159,7 +159,7 @@ def compile_cases() -> list[CompileCase]:
                 "LOADER_REGISTERS": config.loader_registers,
             },
             options={"num_warps": 4},
-            must_have={"HGMMA.64x256": 16, "HGMMA.64x64": 72, "LDGSTS": 72},
+            must_have={"HGMMA.64x256": 16, "HGMMA.64x64": 72, "LDGSTS": 108},
         )
         for is_partial in (False, True)
     ]  # fmt: skip

@@ -88,7 +88,7 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
 
 @torch.no_grad()
 def run_fp8(inputs: Fp8PrefillInputs, /) -> DenseOutputs:
-    """MHA form over e4m3 tensors, in pieces of at most PIECE_KEYS keys."""
+    """MHA form over e4m3 tensors, in pieces of PIECE_KEYS keys; theirs end at a block of 160."""
     scales = {"q": inputs.q_scale, "k": inputs.k_scale, "v": inputs.v_scale}
     out, lse = load().flash_attn_func(
         inputs.q.unsqueeze(0),

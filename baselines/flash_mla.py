@@ -235,10 +235,10 @@ def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
     """As `dense_decode` over e4m3, one descale for all queries and one for all keys and values.
 
     Their schedule cuts all keys of a batch in as many parts as there are programs at a time, and
-    within a part sums the keys of a sequence in one accumulator. Where those are more than
-    PIECE_KEYS, pieces of that length are handed over as sequences, with a copy of the query each,
-    and joined by lse, all inside the timed call. Several new tokens a sequence are not cut: the
-    mask of the last ones would fall on every piece.
+    within a part, which may be some blocks longer than its share, sums the keys of a sequence in
+    one accumulator. Where the share is more than PIECE_KEYS, pieces of that length are handed over
+    as sequences, with a copy of the query each, and joined by lse, all inside the timed call.
+    Several new tokens a sequence are not cut: the mask of the last ones would fall on every piece.
     """
     q, (batch_size, seq_len_kv, _) = inputs.q, inputs.kv.shape
     pages = _pages(batch_size, seq_len_kv, q.device)
@@ -330,8 +330,8 @@ def _supports_dense_decode_fp8(shape: DenseAttentionShape, machine: Machine) -> 
         )
     if reason is None and num_pieces(shape.seq_len_kv) > MAX_SPLITS:
         return (
-            f"flash_mla takes up to {MAX_SPLITS} pieces of {PIECE_KEYS} keys in fp8,"
-            f" this case has {shape.seq_len_kv} keys"
+            f"flash_mla's fp8 results are joined here from up to {MAX_SPLITS} pieces of"
+            f" {PIECE_KEYS} keys, this case has {shape.seq_len_kv} keys"
         )
     return reason
 

@@ -169,7 +169,7 @@ def _inputs(name: str, value: Any) -> tuple[str, ...]:
             share = overlap_of(word)
             if share is None:
                 raise UsageError(f"{name} {OVERLAP}R takes R from 0 to 1, got {word!r}")
-            word = f"{OVERLAP}{share:g}"
+            word = f"{OVERLAP}{abs(share):.12g}"
         elif word not in INPUT_KINDS:
             raise unknown(name, word, (*INPUT_KINDS, f"{OVERLAP}0.9", f"FILE{TENSORS_SUFFIX}"))
         words.append(word)

@@ -6,10 +6,11 @@ different and in random order, then -1.
     random      any of them, whatever the query before lists. Nothing is shared but by chance, so
                 nearly every row is gathered anew: the hardest case.
     local       the first SINKS keys and the latest topk - SINKS: a sliding window with attention
-                sinks. Queries side by side share all but one key.
+                sinks. Queries side by side share all keys but one.
     overlap=R   a share R, 0 … 1, of a list stands in the list of the query before, and of
                 the list before that one less: window after window of one random order of the keys
-                that the first query sees. What else it lists is new.
+                that the first query sees. It takes a query before, and keys enough for what is
+                new.
 
 Trained indexers lie between: their selections overlap from query to query, and a kernel or a cache
 may gain by it, which random lists hide.
@@ -28,18 +29,23 @@ SINKS = 4
 DRAWN_AT_ONCE = 2**25
 
 
-def expect_pattern(pattern: str, *, first_visible: int, topk: int) -> None:
-    """Raise Unsupported for what is no pattern, or none where a query sees so few keys."""
+def expect_pattern(pattern: str, *, first_visible: int, topk: int, num_queries: int) -> None:
+    """Raise Unsupported for what is no pattern, or cannot be had from so few queries and keys."""
     overlap = overlap_of(pattern)
     if pattern not in (RANDOM_INPUTS, LOCAL) and overlap is None:
         raise Unsupported(
             f"keys are listed as {RANDOM_INPUTS}, {LOCAL} or {OVERLAP}R, not as {pattern!r}"
             " (change --inputs)"
         )
-    if overlap is not None and topk > first_visible:
+    if overlap is None:
+        return
+    if num_queries < 2:
+        raise Unsupported(f"inputs {pattern} need two queries of a sequence (pass --seq-len-q)")
+    wanted = topk + new_keys(overlap, topk)
+    if wanted > first_visible:
         raise Unsupported(
-            f"inputs {pattern} need a first query that sees topk {topk} keys or more,"
-            f" it sees {first_visible} (pass a longer -L, or a shorter --seq-len-q)"
+            f"inputs {pattern} need a first query that sees {wanted} keys, it sees {first_visible}"
+            " (pass a longer -L, or a shorter --seq-len-q)"
         )
 
 
@@ -54,7 +60,8 @@ def listed_keys(
     """Different keys that the lists of `local` or `overlap=R` hold together."""
     overlap = overlap_of(pattern)
     if overlap is None:
-        return min(last_visible, topk + last_visible - first_visible)
+        slid = last_visible - first_visible if topk > SINKS else 0
+        return min(last_visible, topk + slid)
     return min(first_visible, topk + (num_queries - 1) * new_keys(overlap, topk))
 
 
@@ -64,15 +71,17 @@ def make_indices(
     """[rows, topk] int32 of a pattern, for queries that see num_visible [rows] of num_keys."""
     if pattern == RANDOM_INPUTS:
         return random_indices(num_visible, num_keys, topk, generator)
-    overlap = overlap_of(pattern)
-    if overlap is None:
-        return _shuffled(_windows(num_visible, topk), generator)
-    order = torch.randperm(
-        int(num_visible.min()), generator=generator, device=generator.device, dtype=torch.int64
-    )
-    begin = torch.arange(num_visible.shape[0], device=order.device) * new_keys(overlap, topk)
-    entries = torch.arange(topk, device=order.device)
-    return _shuffled(order[(begin[:, None] + entries) % order.shape[0]], generator)
+    overlap, device = overlap_of(pattern), generator.device
+    order = torch.randperm(int(num_visible.min()), generator=generator, device=device)
+    rows = torch.arange(num_visible.shape[0], device=device)
+    out = torch.empty(len(rows), topk, dtype=torch.int32, device=device)
+    for part in rows.split(max(1, DRAWN_AT_ONCE // topk)):
+        if overlap is None:
+            keys = _windows(num_visible[part], topk)
+        else:
+            keys = _turned(order, part * new_keys(overlap, topk), topk)
+        out[part] = _shuffled(keys, generator).to(torch.int32)
+    return out
 
 
 def random_indices(
@@ -100,8 +109,13 @@ def _windows(num_visible: Tensor, topk: int) -> Tensor:
     return torch.where(keys < num_visible[:, None], keys, -1)
 
 
+def _turned(order: Tensor, begin: Tensor, topk: int) -> Tensor:
+    """Windows of `order`, which goes on from its end with its beginning."""
+    entries = torch.arange(topk, device=order.device)
+    return order[(begin[:, None] + entries) % len(order)]
+
+
 def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row in an order of its own, -1 last; int32."""
+    """Each row in an order of its own, -1 last."""
     draw = torch.rand(indices.shape, generator=generator, device=generator.device)
-    order = torch.where(indices < 0, 2.0, draw).argsort(dim=1)
-    return indices.gather(1, order).to(torch.int32)
+    return indices.gather(1, torch.where(indices < 0, 2.0, draw).argsort(dim=1))

@@ -20,8 +20,9 @@ K 144 KB, P1 8 KB: 225 of 227 KB.
 
 A program may take several pieces: `queries_before` and `pairs_before` count what it has done, for
 the parity of its barriers. The query tiles are free once the last scores are made, and the result
-leaves through block 1's tiles, which come last: so the loader fills all else meanwhile (a piece of
-one pair takes 10.0 µs on an H100, and 12.3 µs in a program of its own).
+leaves through block 1's tiles: so the loader brings the next query and block 0's left half
+meanwhile, and then waits for block 1's right half (a piece of one pair takes 10.0 µs on an H100,
+and 12.3 µs in a program of its own).
 
 What the compiler (Triton 3.6) makes necessary:
 * Shared-memory buffers are indexed by `opaque_zero()` inside loops. With constant addresses LLVM

@@ -81,7 +81,12 @@ class SparseDecodeShape:
         expect_new_tokens(self.seq_len_q, self.seq_len_kv)
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
-        expect_pattern(self.inputs, first_visible=self.seq_len_kv, topk=self.topk)
+        expect_pattern(
+            self.inputs,
+            first_visible=self.seq_len_kv,
+            topk=self.topk,
+            num_queries=self.seq_len_q,
+        )
 
     @property
     def max_pages(self) -> int:

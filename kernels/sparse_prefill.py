@@ -70,7 +70,12 @@ class SparsePrefillShape:
             )
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
-        expect_pattern(self.inputs, first_visible=self.first_visible, topk=self.topk)
+        expect_pattern(
+            self.inputs,
+            first_visible=self.first_visible,
+            topk=self.topk,
+            num_queries=self.seq_len_q,
+        )
 
     @property
     def first_visible(self) -> int:

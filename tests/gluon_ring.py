@@ -1,8 +1,13 @@
-"""A small Gluon kernel with the pieces of the big ones: out[64, 64] = Σ x · kv[rows of a tile]ᵀ.
+"""Small Gluon kernels with the pieces of the big ones.
 
-A producer partition gathers 64 rows at a time by cp.async into a ring of two buffers; the default
-partition multiplies them by `x`, which it has stored to shared memory itself. `BUG` plants one
-error of the protocol by name.
+`ring_kernel`: out[64, 64] = Σ x · kv[rows of a tile]ᵀ. A producer partition gathers 64 rows at a
+time by cp.async into a ring of two buffers; the default partition multiplies them by `x`, which it
+has stored to shared memory itself.
+
+`staging_kernel`: out[i] = 2 · x[i], tile after tile through one buffer, through which each result
+goes too before the next tile may land.
+
+`BUG` plants one error of the protocol by name.
 """
 
 from triton.experimental import gluon
@@ -88,6 +93,55 @@ def ring_kernel(
         [
             (_multiply, (x_tile, out_ptr, tiles, full, empty, NUM_TILES, BUG)),
             (_gather, (kv_ptr, index_ptr, num_rows, tiles, full, empty, NUM_TILES, BUG)),
+        ],
+        [4],
+        [40],
+    )
+
+
+@gluon.jit
+def _fill(x_ptr, tile, full, empty, NUM_TILES: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    cols = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    for i in range(NUM_TILES):
+        mbarrier.wait(empty, (i & 1) ^ 1)
+        source = x_ptr + (i * TILE + rows)[:, None] * TILE + cols[None, :]
+        async_copy.async_copy_global_to_shared(tile, source)
+        async_copy.mbarrier_arrive(full, increment_count=False)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _double(out_ptr, tile, full, empty, NUM_TILES: gl.constexpr, BUG: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    cols = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    for i in range(NUM_TILES):
+        mbarrier.wait(full, i & 1)
+        value = tile.load(layout)
+        if BUG == "early_free":
+            mbarrier.arrive(empty, count=1)
+        tile.store(value + value)
+        target = out_ptr + (i * TILE + rows)[:, None] * TILE + cols[None, :]
+        gl.store(target, tile.load(layout))
+        if BUG != "early_free":
+            mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
+def staging_kernel(x_ptr, out_ptr, NUM_TILES: gl.constexpr, BUG: gl.constexpr):
+    """One program. x, out: [NUM_TILES · 64, 64] bf16."""
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    tile = gl.allocate_shared_memory(gl.bfloat16, [TILE, TILE], tile_layout)
+    barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full, empty = barriers.index(0), barriers.index(1)
+    mbarrier.init(full, count=128)
+    mbarrier.init(empty, count=1)
+    gl.warp_specialize(
+        [
+            (_double, (out_ptr, tile, full, empty, NUM_TILES, BUG)),
+            (_fill, (x_ptr, tile, full, empty, NUM_TILES)),
         ],
         [4],
         [40],

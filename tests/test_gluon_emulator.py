@@ -50,6 +50,21 @@ def test_planted_bug_is_found(bug):
     assert any(is_found(seed) for seed in range(24))
 
 
+def run_staging(seed: int, bug: str = "") -> bool:
+    """Whether the emulated kernel gives what it should."""
+    x = torch.randn(NUM_TILES * 64, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    out = torch.full_like(x, float("nan"))
+    with emulated_gluon(seed=seed) as emulated:
+        kernels = emulated.load("tests.gluon_ring")
+        kernels.staging_kernel[(1,)](x, out, NUM_TILES=NUM_TILES, BUG=bug, num_warps=4)
+    return torch.equal(out, 2 * x)
+
+
+def test_a_tile_that_is_given_away_before_it_is_read_back_is_found():
+    assert all(run_staging(seed) for seed in range(6))
+    assert not all(run_staging(seed, "early_free") for seed in range(24))
+
+
 def test_deadlock_names_who_waits_on_what():
     message = r"_gather#1 waits on barrier 3\[0\] parity 0 .*_multiply#0 waits on barrier 2\[0\]"
     with pytest.raises(Deadlock, match=message):

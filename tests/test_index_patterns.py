@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsa_bench.kernels import sparse_decode, sparse_prefill
-from dsa_bench.kernels.index_patterns import SINKS, make_indices
+from dsa_bench.kernels import index_patterns, sparse_decode, sparse_prefill
+from dsa_bench.kernels.index_patterns import make_indices
 from dsa_bench.kernels.sparse_decode import SparseDecodeShape
 from dsa_bench.kernels.sparse_prefill import SparsePrefillShape
 from dsa_bench.operator import Unsupported
@@ -55,13 +55,14 @@ def test_short_lists_end_in_no_key(pattern):
 
 def test_local_is_the_sinks_and_the_latest():
     for i, keys in enumerate(lists_of(made("local", first=200, rows=9, topk=50))):
-        latest = range(200 + i - (50 - SINKS), 200 + i)
-        assert sorted(keys) == [*range(SINKS), *latest]
+        assert sorted(keys) == [0, 1, 2, 3, *range(200 + i - 46, 200 + i)]
         assert keys != sorted(keys)
 
 
+@pytest.mark.parametrize("drawn_at_once", [2**25, 600])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_a_list_shares_what_was_asked_with_the_one_before(overlap):
+def test_a_list_shares_what_was_asked_with_the_one_before(overlap, drawn_at_once, monkeypatch):
+    monkeypatch.setattr(index_patterns, "DRAWN_AT_ONCE", drawn_at_once)  # 600: of three lists
     # so many keys that the windows do not come round
     indices = made(f"overlap={overlap}", first=20 * 200 + 200, rows=20, topk=200)
     assert shared(indices) == pytest.approx([overlap] * 19)
@@ -78,7 +79,9 @@ def test_windows_come_round_where_keys_are_few():
 
 
 @pytest.mark.parametrize("pattern", ["local", "overlap=0.5", "overlap=0.75", "overlap=1"])
-@pytest.mark.parametrize(("seq_len_q", "seq_len_kv", "topk"), [(20, 900, 64), (50, 200, 40)])
+@pytest.mark.parametrize(
+    ("seq_len_q", "seq_len_kv", "topk"), [(20, 900, 64), (50, 200, 40), (20, 300, 4), (7, 60, 2)]
+)
 def test_listed_keys_are_counted(pattern, seq_len_q, seq_len_kv, topk):
     shape = SparsePrefillShape(
         seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, topk=topk, num_heads=2, inputs=pattern
@@ -112,13 +115,19 @@ def test_what_is_no_pattern_is_refused_in_a_sentence():
     for inputs, why in [
         ("needle", "keys are listed as random, local or overlap=R, not as 'needle'"),
         ("overlap=2", "not as 'overlap=2'"),
-        ("overlap=0.5", "need a first query that sees topk 64 keys or more, it sees 1 "),
+        ("overlap=0.5", "need a first query that sees 96 keys, it sees 1 (pass a longer -L"),
     ]:
         fields = {**case.to_json(), "inputs": inputs}
         with pytest.raises(Unsupported, match=why.replace("(", r"\(")):
             sparse_prefill.shape_of(Case.from_json(fields), PRESETS["v3.2"])
     with pytest.raises(Unsupported, match="not as 'heavy'"):
         SparseDecodeShape(batch_size=1, seq_len_kv=100, topk=8, inputs="heavy")
+    # the query before would be another sequence's
+    with pytest.raises(Unsupported, match="need two queries of a sequence"):
+        SparseDecodeShape(batch_size=4, seq_len_kv=100, topk=8, inputs="overlap=0.9")
+    # the window would come round into itself and share more
+    with pytest.raises(Unsupported, match="sees 2049 keys, it sees 2048"):
+        SparsePrefillShape(seq_len_q=2, seq_len_kv=2049, topk=2048, inputs="overlap=0.9995")
 
 
 def test_overlap_is_a_share():

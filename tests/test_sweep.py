@@ -223,8 +223,11 @@ def test_cases_have_ranks_inputs_and_weights_where_the_operator_has(file: str) -
 
 
 def test_an_overlap_has_one_spelling() -> None:
-    wanted = make(op="layer", phase="prefill", seq_len_kv="4k", inputs="overlap=0.90,overlap=.9")
-    assert [c.inputs for c in sweep.cases(wanted, {"layer": LAYER})] == ["overlap=0.9"]
+    wanted = make(
+        op="layer", phase="prefill", seq_len_kv="4k", inputs="overlap=0.90,overlap=.9,overlap=-0"
+    )
+    found = [c.inputs for c in sweep.cases(wanted, {"layer": LAYER})]
+    assert found == ["overlap=0.9", "overlap=0"]
 
 
 def test_ranks_divide_the_heads() -> None:

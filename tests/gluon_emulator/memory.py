@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gluon_emulator.program import WARP_SIZE, Barrier, EmulationError, current
+from tests.gluon_emulator.program import WARP_SIZE, Barrier, EmulationError, current, pause
 
 SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 POISON = -1234567
@@ -147,6 +147,8 @@ class SharedTile:
         self.data.copy_(value)
 
     def load(self, layout: Any = None) -> Tensor:
+        if self.data.dim() > 1:
+            pause(8)  # as long as a copy needs that lands in a tile given away before it is read
         return self.data.clone()
 
     def read_by_async_proxy(self) -> Tensor:
