@@ -12,7 +12,6 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from dsa_bench.baselines.dense_attention import DenseOutputs
 from dsa_bench.baselines.dense_attention_arguments import HEAD_DIM_V, check_decode, num_sms
@@ -20,16 +19,20 @@ from dsa_bench.baselines.dense_decode_splits import allocate, choose_num_splits,
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.seesaw import (
+    Result,
+    attend_left,
+    attend_right,
+)
+from dsa_bench.kernels.seesaw_loader import (
+    Query,
+    load_bf16_list,
+    load_query,
+)
+from dsa_bench.kernels.seesaw_tiles import (
     HALF_V,
     ROPE,
     KeyList,
-    Query,
-    Result,
     allocate_tiles,
-    attend_left,
-    attend_right,
-    load_bf16_rows,
-    load_query,
 )
 
 HEADS, PAIR_KEYS = 64, 128
@@ -37,12 +40,6 @@ HEADS, PAIR_KEYS = 64, 128
 PAIR = gl.constexpr(PAIR_KEYS)
 SPLIT_COST_PAIRS = 3
 """What a part costs beside its keys: query, epilogue, the merge of its fp32 result."""
-
-
-@gluon.jit
-def _load(kv_ptr, keys, tiles):
-    load_bf16_rows(kv_ptr, 2 * HALF_V + ROPE, keys, tiles, 0)
-    async_copy.wait_group(0)
 
 
 # a 1 would be specialised to a constant, which KeyList refuses
@@ -71,7 +68,7 @@ def _dense_decode_kernel(
         out_ptr, lse_ptr, lse_ptr, lse_ptr, first_row, first_head, num_heads,
         IS_PARTIAL, False, False, HEADS_MASKED,
     )  # fmt: skip
-    tiles = allocate_tiles(128, 128, True)
+    tiles = allocate_tiles(128, 128, HAS_ROPE=True)
     WIDTH: gl.constexpr = 2 * HALF_V + ROPE
     query_ptr = q_ptr + (row.to(gl.int64) * num_heads + first_head) * WIDTH
     query = Query(query_ptr, gl.to_tensor(WIDTH), num_heads - first_head, HEADS_MASKED)
@@ -80,7 +77,7 @@ def _dense_decode_kernel(
         [
             (attend_left, (tiles, keys, result, qk_scale_log2, 0, 0)),
             (attend_right, (tiles, keys, result, qk_scale_log2, 0, 0)),
-            (_load, (kv_ptr + batch * seq_len_kv * WIDTH, keys, tiles)),
+            (load_bf16_list, (kv_ptr + batch * seq_len_kv * WIDTH, WIDTH, keys, tiles)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],

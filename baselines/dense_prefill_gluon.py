@@ -42,7 +42,7 @@ from dsa_bench.baselines.dense_attention_arguments import (
 )
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.seesaw import (
+from dsa_bench.kernels.seesaw_tiles import (
     LN_2,
     NO_MAXIMUM,
     TILE,

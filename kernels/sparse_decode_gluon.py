@@ -27,6 +27,17 @@ from dsa_bench.kernels.combine_splits import combine_splits
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.paging import HEAD_DIM_V
 from dsa_bench.kernels.seesaw import (
+    Result,
+    attend_left,
+    attend_right,
+)
+from dsa_bench.kernels.seesaw_loader import (
+    Query,
+    copy_rows,
+    load_bf16_list,
+    load_query,
+)
+from dsa_bench.kernels.seesaw_tiles import (
     BLOCK_KV,
     HALF_V,
     K0_LEFT,
@@ -35,16 +46,9 @@ from dsa_bench.kernels.seesaw import (
     K1_RIGHT,
     ROPE,
     KeyList,
-    Query,
-    Result,
     allocate_tiles,
-    attend_left,
-    attend_right,
-    copy_rows,
     is_key,
-    load_bf16_rows,
     load_key_block,
-    load_query,
 )
 from dsa_bench.kernels.sparse_decode import (
     MAX_SPLITS,
@@ -203,12 +207,6 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
     async_copy.wait_group(0)
 
 
-@gluon.jit
-def _load_bf16_rows(cache_ptr, keys, tiles):
-    load_bf16_rows(cache_ptr, 576, keys, tiles, 0)
-    async_copy.wait_group(0)
-
-
 # a 1 would be specialised to a constant, which KeyList refuses
 @gluon.jit(do_not_specialize=["num_slots", "topk"])
 def _sparse_decode_kernel(
@@ -239,7 +237,7 @@ def _sparse_decode_kernel(
         IS_PARTIAL, False, HAS_SINK, HEADS_MASKED,
     )  # fmt: skip
     # fp8: a left half arrives once, when stored; a right half besides once a thread, for the rope
-    tiles = allocate_tiles(1 if IS_FP8 else 128, 129 if IS_FP8 else 128, True)
+    tiles = allocate_tiles(1 if IS_FP8 else 128, 129 if IS_FP8 else 128, HAS_ROPE=True)
     q_start = q_ptr + row * stride_q_row + first_head * stride_q_head
     query = Query(q_start, stride_q_head, num_heads - first_head, HEADS_MASKED)
     load_query(query, tiles, 0)
@@ -258,7 +256,7 @@ def _sparse_decode_kernel(
             [
                 (attend_left, (tiles, keys, result, qk_scale_log2, 0, 0)),
                 (attend_right, (tiles, keys, result, qk_scale_log2, 0, 0)),
-                (_load_bf16_rows, (cache_ptr, keys, tiles)),
+                (load_bf16_list, (cache_ptr, 576, keys, tiles)),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, LOADER_REGISTERS],

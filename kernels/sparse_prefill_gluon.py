@@ -23,14 +23,18 @@ from triton.language.core import _aggregate as aggregate
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.seesaw import (
-    KeyList,
-    Query,
     Result,
-    allocate_tiles,
     attend_left,
     attend_right,
+)
+from dsa_bench.kernels.seesaw_loader import (
+    Query,
     load_bf16_rows,
     load_query,
+)
+from dsa_bench.kernels.seesaw_tiles import (
+    KeyList,
+    allocate_tiles,
 )
 from dsa_bench.kernels.sparse_prefill import (
     SparsePrefillInputs,
@@ -165,20 +169,11 @@ def _result_of(arguments, piece):
 
 
 @gluon.jit
-def _left(arguments, tiles):
+def _consume(arguments, tiles, ATTEND: gl.constexpr):
+    """A consumer: `attend_left` or `attend_right`, piece after piece."""
     for done in range(_count_pieces(arguments)):
         piece = _piece(arguments, done)
-        attend_left(
-            tiles, _keys_of(arguments, piece), _result_of(arguments, piece),
-            arguments.qk_scale_log2, done * arguments.NUM_PAIRS, done,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _right(arguments, tiles):
-    for done in range(_count_pieces(arguments)):
-        piece = _piece(arguments, done)
-        attend_right(
+        ATTEND(
             tiles, _keys_of(arguments, piece), _result_of(arguments, piece),
             arguments.qk_scale_log2, done * arguments.NUM_PAIRS, done,
         )  # fmt: skip
@@ -215,7 +210,11 @@ def _sparse_prefill_kernel(
     )  # fmt: skip
     tiles = allocate_tiles(128, 128, HAS_ROPE)
     gl.warp_specialize(
-        [(_left, (arguments, tiles)), (_right, (arguments, tiles)), (_load, (arguments, tiles))],
+        [
+            (_consume, (arguments, tiles, gl.constexpr(attend_left))),
+            (_consume, (arguments, tiles, gl.constexpr(attend_right))),
+            (_load, (arguments, tiles)),
+        ],
         [4, 4],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
     )
