@@ -23,8 +23,7 @@ INPUT_KINDS = ("random", "needle", "local", "heavy")
 """Made-up inputs of an operator that has the axis; see kernels/content.py."""
 RANDOM_INPUTS = INPUT_KINDS[0]
 OVERLAP = "overlap="
-"""Lists of keys that share R of 0 … 1 with the list before, `overlap=R`; kernels/index_patterns.py.
-"""
+"""Before R, 0 … 1: lists of keys that share so much; see kernels/index_patterns.py."""
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
 CHECKSUM = "crc32"
 """Field behind all others in a line of a run folder; it belongs to the line, not to the record."""

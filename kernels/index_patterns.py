@@ -7,16 +7,17 @@ different and in random order, then -1.
                 nearly every row is gathered anew: the hardest case.
     local       the first SINKS keys and the latest topk - SINKS: a sliding window with attention
                 sinks. Queries side by side share all keys but one.
-    overlap=R   a share R, 0 … 1, of a list stands in the list of the query before, and of
-                the list before that one less: window after window of one random order of the keys
-                that the first query sees. It takes a query before, and keys enough for what is
-                new.
+    overlap=R   a share R, 0 … 1, of a list stands in the list of the query before, less of it in
+                those further back: windows of one random order of the keys that the first query
+                sees. It takes a query before, and keys enough for what is new.
 
 Trained indexers lie between: their selections overlap from query to query, and a kernel or a cache
 may gain by it, which random lists hide.
 
 Source: sliding window with sinks as in StreamingLLM.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from dsa_bench.record import OVERLAP, RANDOM_INPUTS, overlap_of
 LOCAL = "local"
 SINKS = 4
 DRAWN_AT_ONCE = 2**25
+"""Random numbers: 128 MB in fp32."""
 
 
 def expect_pattern(pattern: str, *, first_visible: int, topk: int, num_queries: int) -> None:
@@ -72,16 +74,14 @@ def make_indices(
     if pattern == RANDOM_INPUTS:
         return random_indices(num_visible, num_keys, topk, generator)
     overlap, device = overlap_of(pattern), generator.device
-    order = torch.randperm(int(num_visible.min()), generator=generator, device=device)
+    if overlap is None:
+        lists = partial(_latest, num_visible, topk)
+    else:
+        order = torch.randperm(int(num_visible.min()), generator=generator, device=device)
+        lists = partial(_windows, order, new_keys(overlap, topk), topk)
     rows = torch.arange(num_visible.shape[0], device=device)
-    out = torch.empty(len(rows), topk, dtype=torch.int32, device=device)
-    for part in rows.split(max(1, DRAWN_AT_ONCE // topk)):
-        if overlap is None:
-            keys = _windows(num_visible[part], topk)
-        else:
-            keys = _turned(order, part * new_keys(overlap, topk), topk)
-        out[part] = _shuffled(keys, generator).to(torch.int32)
-    return out
+    parts = rows.split(max(1, DRAWN_AT_ONCE // topk))
+    return torch.cat([_shuffled(lists(part), generator) for part in parts])
 
 
 def random_indices(
@@ -101,21 +101,23 @@ def random_indices(
     return out
 
 
-def _windows(num_visible: Tensor, topk: int) -> Tensor:
-    """Sinks and the latest keys in order of position, -1 where a query sees fewer."""
-    entries = torch.arange(topk, device=num_visible.device)
-    skipped = (num_visible - topk).clamp(min=0)[:, None]
+def _latest(num_visible: Tensor, topk: int, rows: Tensor) -> Tensor:
+    """Sinks and the latest keys of these queries, by position; -1 where one sees fewer."""
+    entries = torch.arange(topk, device=rows.device)
+    visible = num_visible[rows, None]
+    skipped = (visible - topk).clamp(min=0)
     keys = torch.where(entries < SINKS, entries, skipped + entries)
-    return torch.where(keys < num_visible[:, None], keys, -1)
+    return torch.where(keys < visible, keys, -1)
 
 
-def _turned(order: Tensor, begin: Tensor, topk: int) -> Tensor:
-    """Windows of `order`, which goes on from its end with its beginning."""
-    entries = torch.arange(topk, device=order.device)
-    return order[(begin[:, None] + entries) % len(order)]
+def _windows(order: Tensor, step: int, topk: int, rows: Tensor) -> Tensor:
+    """Windows of `order`, a step apart; from its end it goes on with its beginning."""
+    entries = torch.arange(topk, device=rows.device)
+    return order[(rows[:, None] * step + entries) % len(order)]
 
 
 def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row in an order of its own, -1 last."""
+    """int32, each row in an order of its own, -1 last."""
     draw = torch.rand(indices.shape, generator=generator, device=generator.device)
-    return indices.gather(1, torch.where(indices < 0, 2.0, draw).argsort(dim=1))
+    order = torch.where(indices < 0, 2.0, draw).argsort(dim=1)
+    return indices.gather(1, order).to(torch.int32)
