@@ -42,14 +42,8 @@ from dsa_bench.baselines.dense_attention_arguments import (
 )
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.seesaw_tiles import (
-    LN_2,
-    NO_MAXIMUM,
-    TILE,
-    arrive_at,
-    opaque_zero,
-    wait_at,
-)
+from dsa_bench.kernels.named_barrier import arrive_at, wait_at
+from dsa_bench.kernels.seesaw_tiles import LN_2, NO_MAXIMUM, TILE, opaque_zero
 
 # triton 3.9 renamed the copies
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

@@ -48,6 +48,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
+from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import (
     BLOCK_H,
     BLOCK_KV,
@@ -67,11 +68,9 @@ from dsa_bench.kernels.seesaw_tiles import (
     QUERY_FREE,
     QUERY_READY,
     SCORES,
-    arrive_at,
     is_key,
     load_key_block,
     opaque_zero,
-    wait_at,
 )
 
 

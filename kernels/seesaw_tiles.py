@@ -107,28 +107,6 @@ class KeyList:
         self.IS_RAGGED = gl.constexpr(IS_RAGGED)
 
 
-@gluon.constexpr_function
-def barrier_asm(kind, number):
-    """Both warpgroups take part: 256 threads. An asm must have a result, hence the mov."""
-    return f"bar.{kind} {number}, 256; mov.b32 $0, 0;"
-
-
-@gluon.jit
-def arrive_at(BARRIER: gl.constexpr):
-    """Tell the other warpgroup, without waiting for it."""
-    gl.inline_asm_elementwise(
-        barrier_asm("arrive", BARRIER), "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_at(BARRIER: gl.constexpr):
-    """Wait until the other warpgroup has arrived."""
-    gl.inline_asm_elementwise(
-        barrier_asm("sync", BARRIER), "=r,~{memory}", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
 @gluon.jit
 def opaque_zero():
     """0, which the compiler cannot see; `seesaw.py` says why."""

@@ -22,6 +22,7 @@ from triton.language.core import _aggregate as aggregate
 
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.head_pieces import count_pieces, piece_after
 from dsa_bench.kernels.seesaw import (
     Result,
     attend_left,
@@ -109,34 +110,6 @@ class Arguments:
         self.HEADS_MASKED = gl.constexpr(HEADS_MASKED)
 
 
-@aggregate
-class Piece:
-    """64 heads of one query; those of one query stand side by side."""
-
-    row: gl.tensor
-    first_head: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, row, first_head):
-        self.row = row
-        self.first_head = first_head
-
-
-@gluon.jit
-def _count_pieces(arguments):
-    """Pieces of this program: program_id, program_id + num_programs, …"""
-    after = arguments.num_pieces - 1 - gl.program_id(0)
-    return after // gl.num_programs(0) + 1
-
-
-@gluon.jit
-def _piece(arguments, done):
-    """The piece that comes after `done` others of this program."""
-    number = gl.program_id(0) + done * gl.num_programs(0)
-    head_tiles = (arguments.num_heads + 63) // 64
-    return Piece(number // head_tiles, number % head_tiles * 64)
-
-
 @gluon.jit
 def _keys_of(arguments, piece):
     length = arguments.topk
@@ -171,8 +144,8 @@ def _result_of(arguments, piece):
 @gluon.jit
 def _consume(arguments, tiles, ATTEND: gl.constexpr):
     """A consumer: `attend_left` or `attend_right`, piece after piece."""
-    for done in range(_count_pieces(arguments)):
-        piece = _piece(arguments, done)
+    for done in range(count_pieces(arguments.num_pieces)):
+        piece = piece_after(done, arguments.num_heads)
         ATTEND(
             tiles, _keys_of(arguments, piece), _result_of(arguments, piece),
             arguments.qk_scale_log2, done * arguments.NUM_PAIRS, done,
@@ -181,8 +154,8 @@ def _consume(arguments, tiles, ATTEND: gl.constexpr):
 
 @gluon.jit
 def _load(arguments, tiles):
-    for done in range(_count_pieces(arguments)):
-        piece = _piece(arguments, done)
+    for done in range(count_pieces(arguments.num_pieces)):
+        piece = piece_after(done, arguments.num_heads)
         load_query(_query_of(arguments, piece), tiles, done)
         load_bf16_rows(
             arguments.kv_ptr, arguments.stride_kv_row, _keys_of(arguments, piece), tiles,

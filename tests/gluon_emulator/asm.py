@@ -18,11 +18,11 @@ Model = Callable[[str, list[Any]], Any]
 
 
 def named_barrier(text: str, arguments: list[Any]) -> Tensor:
-    """`bar.arrive N, T` and `bar.sync N, T`: T threads meet at barrier N."""
-    found = re.search(r"bar(?:rier)?\.(arrive|sync)(?:\.aligned)? (\d+), (\d+)", text)
+    """`bar.arrive N, T` and `bar.sync N, T`: T threads meet at barrier N, a number or `$1`."""
+    found = re.search(r"bar(?:rier)?\.(arrive|sync)(?:\.aligned)? (\d+|\$1), (\d+)", text)
     if found is None:
         raise EmulationError(f"named barrier without number and thread count: {text}")
-    number = int(found[2])
+    number = int(arguments[0] if found[2] == "$1" else found[2])
     barriers = current.program.named_barriers
     with current.program.changed:
         barrier = barriers.setdefault(number, NamedBarrier(number))
@@ -45,13 +45,31 @@ def e4m3_words_to_bf16(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]
     return pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
 
 
+def split_bytes(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    """int16 -> its low and its high byte, int8."""
+    pairs = arguments[0].contiguous().view(torch.int8).view(*arguments[0].shape, 2)
+    return pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
+
+
+def bf16_pair(text: str, arguments: list[Any]) -> Tensor:
+    """Two fp32 -> an int32 word of both in bf16, the first one low."""
+    return torch.stack(arguments, -1).to(torch.bfloat16).view(torch.int32).squeeze(-1)
+
+
+def unchanged(text: str, arguments: list[Any]) -> Any:
+    return arguments[0]
+
+
 MODELS: dict[str, Model] = {
+    "// $0": unchanged,
     "bar.arrive": named_barrier,
     "bar.sync": named_barrier,
     "barrier.arrive": named_barrier,
     "barrier.sync": named_barrier,
+    "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
     "cvt.rn.f16x2.e4m3x2": e4m3_words_to_bf16,
     "mov.b32 $0, 0;": opaque_zero,
+    "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;": split_bytes,
 }
 
 
