@@ -35,13 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import (
-    Check,
-    Tolerance,
-    compare_logs_to_budget,
-    compare_tensors,
-    compare_to_budget,
-)
+from dsa_bench.accuracy import Check, Tolerance
 from dsa_bench.baselines import dense_attention
 from dsa_bench.baselines.dense_attention import (
     INPUT_CHUNK_ELEMENTS,
@@ -54,6 +48,7 @@ from dsa_bench.baselines.dense_attention import (
     attend_rows,
     make_tensor,
 )
+from dsa_bench.kernels import fp8_attention
 from dsa_bench.kernels.fp8 import E4M3_MAX
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
@@ -61,17 +56,6 @@ from dsa_bench.record import Case
 
 SCALE_FLOOR = 1e-12
 """Of a tensor that is all zeros."""
-E4M3_ROUNDING = 2.0**-4
-"""Largest relative error of one rounding to e4m3, which has three bits behind the leading one."""
-OUT_RELATIVE = 2 * E4M3_ROUNDING
-OUT_COSINE = E4M3_ROUNDING**2 / 2
-"""1 - 2xy / (x² + y²) of tensors that differ by 2^-4 of their length is half the square of that."""
-LSE_FLOOR = 2.0**-11
-"""The weights are summed before they are rounded, so lse has the error of the logits alone. Hopper
-adds fp8 products with some 14 bits; where logits stay below 1 that is at most 4 units of 2^-13."""
-LSE_TOLERANCE = Tolerance(abs=2.0**-9, rel=2.0**-8, cos=1e-5)
-"""A logit that is off by one bf16 rounding, 2^-8 of it, is worse than any sum of fp8 products."""
-SAMPLED_KEYS = 1024
 PIECE_KEYS = 4096
 """Keys that one accumulator may sum. Hopper adds e4m3 products with some 14 bits, so what is lost
 grows with the keys. The libraries sum all keys of a query, or of a part of its split, in one
@@ -180,61 +164,31 @@ def plain(inputs: Fp8Inputs, *, rows: Tensor | None = None) -> DenseOutputs:
 def _attend_chunk_rounded(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sm_scale: float
 ) -> Attended:
-    """Weights exp(logit - largest) in 0 … 1 are rounded to e4m3 before they meet the values.
-
-    They are not scaled up first, as some kernels do, so that those below 2^-10 are lost. The sum
-    that divides is of weights that are not rounded. Logits are rounded to bf16, which stands for
-    the few bits that sums of fp8 products have.
-    """
-    logits = (torch.einsum("qhd,khd->qhk", q, k) * sm_scale).bfloat16().float()
-    logits.masked_fill_(hidden, float("-inf"))
-    largest = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(largest).exp_()
-    total = weights.sum(-1)
-    rounded = weights.to(torch.float8_e4m3fn).float()
-    out = torch.einsum("qhk,khd->qhd", rounded, v) / total.unsqueeze(-1)
-    return Attended(out, largest.squeeze(-1) + total.log())
+    """Attention with weights that are rounded to e4m3 before they meet the values."""
+    logits = torch.einsum("qhd,khd->qhk", q, k) * sm_scale
+    weights, _, lse = fp8_attention.round_weights(logits.masked_fill_(hidden, float("-inf")))
+    return Attended(torch.einsum("qhk,khd->qhd", weights, v), lse)
 
 
 def out_tolerance(inputs: Fp8Inputs) -> Tolerance:
-    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is about the values'
-    rms over a sample of the keys; and the same share of an element.
-    """
     if isinstance(inputs, Fp8PrefillInputs):
-        keys, scale = inputs.v, inputs.v_scale.unsqueeze(-1)
-    else:
-        keys, scale = inputs.kv.flatten(0, 1)[:, : inputs.head_dim_v], inputs.kv_scale
-    sample = keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)].float() * scale
-    rms = sample.square().mean().sqrt().item()
-    return Tolerance(abs=OUT_RELATIVE * rms + 1e-30, rel=OUT_RELATIVE, cos=OUT_COSINE)
+        return fp8_attention.out_tolerance(inputs.v, inputs.v_scale.unsqueeze(-1))
+    return fp8_attention.out_tolerance(
+        inputs.kv.flatten(0, 1)[:, : inputs.head_dim_v], inputs.kv_scale
+    )
 
 
 def check(
     inputs: Fp8Inputs, outputs: DenseOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Both outputs against the fp32 reference: tolerances, and twice the error of `plain`.
-
-    Where the scores are weak all weights of a query lie within one step of e4m3 and are rounded the
-    same way, by 2^-4 at most, or by luck not at all: hence that floor under the budget. `lse` sees
-    a missing key or a wrong scale long before `out` does; it is not checked where there is none.
-    """
-    expected = reference(inputs, rows=rows)
-    low = plain(inputs, rows=rows)
-    out = outputs.out if rows is None else outputs.out[rows]
-    checks = [
-        compare_tensors("out", out, expected.out, out_tolerance(inputs)),
-        compare_to_budget("out_budget", out, expected.out, low.out, floor=E4M3_ROUNDING),
-    ]
-    if outputs.lse is not None:
-        assert expected.lse is not None and low.lse is not None
-        lse = outputs.lse if rows is None else outputs.lse[rows]
-        checks.append(compare_tensors("lse", lse, expected.lse, LSE_TOLERANCE))
-        checks.append(
-            compare_logs_to_budget(
-                "lse_budget", lse, expected.lse, low.lse, absolute_floor=LSE_FLOOR
-            )
-        )
-    return tuple(checks)
+    """Both outputs against the fp32 reference; limits as in `fp8_attention.py`."""
+    actual = outputs
+    if rows is not None:
+        lse = None if outputs.lse is None else outputs.lse[rows]
+        actual = DenseOutputs(outputs.out[rows], lse)
+    return fp8_attention.check_outputs(
+        actual, reference(inputs, rows=rows), plain(inputs, rows=rows), out_tolerance(inputs)
+    )
 
 
 def cost(shape: DenseAttentionShape) -> Cost:

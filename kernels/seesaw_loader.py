@@ -73,11 +73,12 @@ def copy_rows(
     FIRST: gl.constexpr,
     WIDTH: gl.constexpr,
     LAYOUT: gl.constexpr,
+    VECTOR: gl.constexpr = 8,
 ):
-    """Columns FIRST … of the rows -> tile [64, WIDTH], by cp.async of 16 bytes a thread; 0 where
-    not valid."""
+    """Columns FIRST … of the rows -> tile [64, WIDTH], by cp.async of VECTOR elements, 16 bytes, a
+    thread; 0 where not valid."""
     offs_d = FIRST + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    offs_d = gl.max_contiguous(gl.multiple_of(offs_d, 8), 8)
+    offs_d = gl.max_contiguous(gl.multiple_of(offs_d, VECTOR), VECTOR)
     ptrs = kv_ptr + (rows.to(gl.int64) * stride_row)[:, None] + offs_d[None, :]
     copy_to_shared(tile, ptrs, mask=valid[:, None])
 

@@ -148,17 +148,18 @@ def make_inputs(
 
 def reference(inputs: SparsePrefillInputs, *, rows: Tensor | None = None) -> SparsePrefillOutputs:
     """`attend` over the gathered keys, in fp32 and in chunks of rows."""
-    return _attend_rows(inputs, rows, attend)
+    return attend_rows(inputs, rows, attend)
 
 
 def plain(inputs: SparsePrefillInputs, *, rows: Tensor | None = None) -> SparsePrefillOutputs:
     """The same in bf16: the measure of a kernel's error."""
-    return _attend_rows(inputs, rows, attend_plain)
+    return attend_rows(inputs, rows, attend_plain)
 
 
-def _attend_rows(
+def attend_rows(
     inputs: SparsePrefillInputs, rows: Tensor | None, attend_keys: Callable[..., AttentionRow]
 ) -> SparsePrefillOutputs:
+    """`attend_keys`, `attend` or one like it, over the keys that each of the rows lists."""
     every = torch.arange(inputs.q.shape[0], device=inputs.q.device)
     rows = every if rows is None else rows
     num_keys, width = inputs.kv.shape

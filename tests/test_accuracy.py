@@ -178,7 +178,7 @@ def attention_case(topk, seed, gain=1):
 
 
 def run(inputs, attend_keys):
-    return sparse_prefill._attend_rows(inputs, None, attend_keys)
+    return sparse_prefill.attend_rows(inputs, None, attend_keys)
 
 
 @pytest.mark.parametrize("gain", [1, 8, 64])
@@ -303,7 +303,7 @@ def test_attention_says_that_its_output_is_finite_in_every_row():
     attention = dict.fromkeys(
         (
             *("sparse_prefill", "sparse_decode", "dsa", "dense_attention"),
-            *("dense_attention_fp8", "masked_prefill"),
+            *("dense_attention_fp8", "sparse_prefill_fp8", "masked_prefill"),
             *("dsa_layer", "masked_layer", "dense_layer"),
         ),
         ("out",),
