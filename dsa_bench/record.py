@@ -251,7 +251,9 @@ class Record:
     """`flops`, `bytes_read`, `bytes_written` of one call, counted on valid entries."""
     memory: MemoryUse | None = None
     gate: Mapping[str, Any] = field(default_factory=dict)
-    """`checks` (see accuracy.Check), `rows_checked`, `rows`; `dense_error` where it was taken."""
+    """`checks` (see accuracy.Check), `rows_checked`, `rows`; where they were taken `dense_error`,
+    the distance from dense attention, and `rounding_error`, that from bf16 tensors.
+    """
     phases: Mapping[str, float] = field(default_factory=dict)
     """Host seconds that the case spent in each phase: build (compilation counted in), gate,
     measure, …
@@ -364,9 +366,13 @@ def _check_gate(gate: Mapping[str, Any]) -> None:
             place = f"gate.checks[{i}].{part}"
             for name, value in expect(Mapping[str, Any], found.get(part, {}), place).items():
                 _check_figure(value, f"{place}.{shown(name)}")
-    dense = gate.get("dense_error")
-    for name, value in (dense if isinstance(dense, Mapping) else {"": dense}).items():
-        _check_figure(value, f"gate.dense_error.{name}".rstrip("."))
+    for place in ("dense_error", "rounding_error"):
+        taken = gate.get(place)
+        if not isinstance(taken, Mapping):
+            _check_figure(taken, f"gate.{place}")
+            continue
+        for name, value in taken.items():
+            _check_figure(value, f"gate.{place}.{shown(name)}")
 
 
 def _check_figure(value: Any, place: str) -> None:

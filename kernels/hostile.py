@@ -66,10 +66,30 @@ def sparse_prefill_wild(inputs: Any) -> Any:
     lens = _ints(-1, topk + 2, (rows,), device, 5)
     lens[1 % rows], lens[2 % rows], lens[4 % rows] = topk, topk + 9, 0
     lens[5:6] = LEAST
-    kv[~_is_listed(indices, lens, kv.shape[0])] = NAN
+    _fill_nan(kv, ~_is_listed(indices, lens, kv.shape[0]))
     return dataclasses.replace(
         inputs, kv=kv, topk_indices=indices, topk_lens=lens,
         attn_sink=_sink(inputs.q.shape[1], device),
+    )  # fmt: skip
+
+
+def sparse_prefill_fp8_wild(inputs: Any) -> Any:
+    """As sparse_prefill_wild; unread keys have NaN in their rope columns too."""
+    inputs = sparse_prefill_wild(inputs)
+    if inputs.k_rope is None:
+        return inputs
+    k_rope = inputs.k_rope.clone()
+    _fill_nan(k_rope, ~_is_listed(inputs.topk_indices, inputs.topk_lens, k_rope.shape[0]))
+    return dataclasses.replace(inputs, k_rope=k_rope)
+
+
+def sparse_prefill_fp8_sharp(inputs: Any) -> Any:
+    """Queries sixteen times larger, their heads more and more: maxima move from block to block."""
+    factor = 16 * torch.linspace(0.25, 2, inputs.q.shape[1], device=inputs.q.device)
+    rope = inputs.q_rope
+    return dataclasses.replace(
+        inputs, q_scale=inputs.q_scale * factor,
+        q_rope=None if rope is None else (rope * factor[:, None]).to(rope.dtype),
     )  # fmt: skip
 
 
@@ -352,6 +372,7 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         "strided": sparse_prefill_strided,
         "paged": sparse_prefill_paged,
     },
+    "sparse_prefill_fp8": {"wild": sparse_prefill_fp8_wild, "sharp": sparse_prefill_fp8_sharp},
     "sparse_decode": {"wild": sparse_decode_wild},
     "indexer": {"ragged": indexer_ragged, "silent": indexer_silent},
     "paged_indexer": {"ragged": paged_indexer_ragged},
@@ -372,5 +393,6 @@ SPARSE_SINGLE: dict[str, Mutation] = {
 
 SINGLE: dict[str, dict[str, Mutation]] = {
     "sparse_prefill": SPARSE_SINGLE,
+    "sparse_prefill_fp8": SPARSE_SINGLE,
     "sparse_decode": SPARSE_SINGLE,
 }

@@ -44,7 +44,7 @@ CASE_COLUMNS = (
     *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high", "joules_per_call"),
     *("flops", "bytes_read", "bytes_written"),
     *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes", "predicted_bytes"),
-    *("dense_error", "mass_kept", "recall", "reproduce"),
+    *("dense_error", "rounding_error", "mass_kept", "recall", "reproduce"),
 )
 STAGE_COLUMNS = ("run", "key", "stage", "impl", "seconds", "flops", "bytes_read", "bytes_written")
 KERNEL_COLUMNS = ("run", "key", "stage", "kernel", "calls", "seconds")
@@ -193,21 +193,29 @@ def _measured(pooled: Pooled) -> dict[str, Any]:
             f"{part}_bytes": getattr(record.memory, f"{part}_bytes")
             for part in ("peak", "input", "output", "workspace", "predicted")
         }
-    return row | _accuracy(record.gate.get("dense_error"))
+    return row | _accuracy(record.gate)
 
 
 def _joined(values: Iterable[str]) -> str:
     return " / ".join(dict.fromkeys(values))
 
 
-def _accuracy(found: Any) -> dict[str, float | None]:
-    """What the gate took of the distance from dense attention; older records have one number."""
-    figures = found if isinstance(found, Mapping) else {"relative_l2": found}
-    columns = {"relative_l2": "dense_error", "mass_kept": "mass_kept", "recall": "recall"}
-    return {
-        column: float(value) if isinstance(value := figures.get(name), int | float) else None
-        for name, column in columns.items()
+def _accuracy(gate: Mapping[str, Any]) -> dict[str, float | None]:
+    """What the gate took of the distances from dense attention and from bf16 tensors."""
+    places = {
+        "dense_error": ("dense_error", "relative_l2"),
+        "rounding_error": ("rounding_error", "relative_l2"),
+        "mass_kept": ("dense_error", "mass_kept"),
+        "recall": ("dense_error", "recall"),
     }
+    return {column: _figure(gate.get(place), name) for column, (place, name) in places.items()}
+
+
+def _figure(found: Any, name: str) -> float | None:
+    """One of the figures that were found; older records have one number, `relative_l2`."""
+    figures = found if isinstance(found, Mapping) else {"relative_l2": found}
+    value = figures.get(name)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _chunks(table: pd.DataFrame) -> pd.Series:

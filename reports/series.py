@@ -19,7 +19,7 @@ TEXTS: dict[str, Callable[[float], str]] = {
 }
 """How a value of a column reads."""
 UNTIMED = (
-    *("dense_error", "mass_kept", "recall"),
+    *("dense_error", "rounding_error", "mass_kept", "recall"),
     *("peak_bytes", "input_bytes", "output_bytes", "workspace_bytes"),
 )
 """Columns that a doubt about the time does not touch."""

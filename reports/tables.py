@@ -103,6 +103,8 @@ COLUMNS = (
     Column(name="peak_bytes", title="peak memory", text=units.format_bytes),
     Column(name="dense_error", title="error", text=units.format_error, optional=True,
            help="relative L2 distance from dense attention"),
+    Column(name="rounding_error", title="fp8 error", text=units.format_error, optional=True,
+           help="relative L2 distance from the same attention over bf16 tensors"),
     Column(name="mass_kept", title="mass kept", text=units.format_spread, optional=True,
            help="share of the dense attention on the selected tokens"),
     Column(name="recall", title="recall", text=units.format_spread, optional=True,
@@ -143,8 +145,8 @@ CSV_COLUMNS = (
     ),
     *("flops", "bytes_read", "bytes_written", "flops_per_second", "bytes_per_second"),
     *("floor_seconds", "floor_share", "peak_bytes", "input_bytes", "output_bytes"),
-    *("workspace_bytes", "predicted_bytes", "dense_error", "mass_kept", "recall"),
-    *("key", "reproduce"),
+    *("workspace_bytes", "predicted_bytes", "dense_error", "rounding_error", "mass_kept"),
+    *("recall", "key", "reproduce"),
 )
 
 

@@ -46,6 +46,8 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     peaked,
     plain,
     sparse_decode_wild,
+    sparse_prefill_fp8_sharp,
+    sparse_prefill_fp8_wild,
     sparse_prefill_paged,
     sparse_prefill_strided,
     sparse_prefill_wild,

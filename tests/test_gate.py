@@ -1,6 +1,7 @@
 """The gate must pass what is right and name what is wrong."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -69,9 +70,9 @@ def test_sampled_rows_hold_both_ends_once_and_repeat_with_the_seed() -> None:
 def test_informative_figures_join_the_gate_and_decide_nothing() -> None:
     asked = []
 
-    def figures(inputs: object, outputs: object, *, rows: torch.Tensor | None) -> dict[str, float]:
+    def figures(inputs: object, outputs: object, *, rows: torch.Tensor | None) -> dict[str, Any]:
         asked.append(rows)
-        return {"dense_error": 0.7}
+        return {"dense_error": 0.7, "rounding_error": {"relative_l2": 0.04}}
 
     operator = fake_operator.make_operator("double", lambda x: 2 * x, figures=figures)
     inputs = fake_operator.make_inputs(FakeShape(num_rows=100), seed=0, device="cpu")
@@ -79,6 +80,7 @@ def test_informative_figures_join_the_gate_and_decide_nothing() -> None:
         operator, inputs, fake_operator.good(inputs), num_rows=100, seed=0, device="cpu"
     )
     assert verdict.passed and verdict.gate["dense_error"] == 0.7
+    assert verdict.gate["rounding_error"] == {"relative_l2": 0.04}
     assert asked[0] is not None and len(asked[0]) == gate.FIGURE_ROWS
 
 

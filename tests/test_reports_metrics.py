@@ -285,6 +285,18 @@ def test_sustained_rates_are_no_ceiling() -> None:
 def test_dense_error_is_read(value: Any) -> None:
     table = frame.cases([run_of(ok(PREFILL, 1.0, gate={"dense_error": value}))])
     assert row_of(table)["dense_error"] == 0.25
+    assert table["rounding_error"].isna().all()
+
+
+def test_rounding_error_is_read_beside_dense_error() -> None:
+    taken = {"relative_l2": 0.25, "mass_kept": 0.5, "recall": 0.75}
+    gate = {"dense_error": taken, "rounding_error": {"relative_l2": 0.04}}
+    row = row_of(frame.cases([run_of(ok(PREFILL, 1.0, gate=gate))]))
+    names = ["dense_error", "rounding_error", "mass_kept", "recall"]
+    assert [row[name] for name in names] == [0.25, 0.04, 0.5, 0.75]
+    alone = {"rounding_error": {"relative_l2": 0.04}}
+    row = row_of(frame.cases([run_of(ok(PREFILL, 1.0, gate=alone))]))
+    assert row["rounding_error"] == 0.04 and row[["dense_error", "recall"]].isna().all()
 
 
 def test_every_metric_is_a_column_and_explained() -> None:

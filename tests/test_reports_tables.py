@@ -20,6 +20,7 @@ from tests.reports_runs import (
     doubtful_run,
     h100_run,
     hostile_run,
+    ok,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -146,6 +147,29 @@ def test_processes_and_energy_are_columns_where_they_tell() -> None:
     assert {"processes", "energy/token"} <= shown
     plain = tables.phase_tables(digest([h100_run()]), names)[0]
     assert not {"processes", "energy/token", "mode"} & {column.title for column in plain.columns}
+
+
+def test_the_fp8_error_is_a_column_where_it_was_taken() -> None:
+    names = [column.name for column in tables.COLUMNS]
+    (plain, *_) = tables.phase_tables(digest([h100_run()]), names)
+    assert "fp8 error" not in [column.title for column in plain.columns]
+    run = h100_run()
+    case = replace(run.records[0].case, op="sparse_prefill_fp8", impl="gluon", precision="fp8")
+    gate = {"rounding_error": {"relative_l2": 0.0412}}
+    run.records.append(ok(case, 0.002, gate=gate))
+    report = digest([run])
+    prefill, decode = tables.phase_tables(report, names)
+    titles = [column.title for column in prefill.columns]
+    place = titles.index("fp8 error")
+    assert titles[place - 1] == "error"
+    errors = {row[titles.index("operator")]: row[place - 1 : place + 1] for row in prefill.rows}
+    assert errors["sparse_prefill_fp8"] == (units.MISSING, "0.041")
+    assert {row[place] for row in prefill.rows} == {units.MISSING, "0.041"}
+    assert "fp8 error" not in [column.title for column in decode.columns]
+    cells = [row["rounding_error"] for row in csv.DictReader(io.StringIO(tables.csv_text(report)))]
+    assert cells[-1] == "0.0412" and set(cells[:-1]) == {""}
+    last = json.loads(tables.json_lines(report).splitlines()[-1])
+    assert last["rounding_error"] == 0.0412 and last["dense_error"] is None
 
 
 def test_where_the_time_went_is_said() -> None:
