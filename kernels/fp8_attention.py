@@ -62,7 +62,7 @@ def out_tolerance(values: Tensor, scale: Tensor) -> Tolerance:
         scale: what makes them values, to be multiplied with any of their rows.
     """
     sample = values[:: max(1, values.shape[0] // SAMPLED_KEYS)].float() * scale
-    rms = sample.square().mean().sqrt().item()
+    rms = sample.square().mean().sqrt().item() if sample.numel() else 0.0
     return Tolerance(abs=OUT_RELATIVE * rms + 1e-30, rel=OUT_RELATIVE, cos=OUT_COSINE)
 
 
