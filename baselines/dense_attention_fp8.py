@@ -50,6 +50,7 @@ from dsa_bench.baselines.dense_attention import (
 )
 from dsa_bench.kernels import fp8_attention
 from dsa_bench.kernels.fp8 import E4M3_MAX
+from dsa_bench.kernels.fp8_attention import sampled
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
@@ -172,10 +173,11 @@ def _attend_chunk_rounded(
 
 def out_tolerance(inputs: Fp8Inputs) -> Tolerance:
     if isinstance(inputs, Fp8PrefillInputs):
-        return fp8_attention.out_tolerance(inputs.v, inputs.v_scale.unsqueeze(-1))
-    return fp8_attention.out_tolerance(
-        inputs.kv.flatten(0, 1)[:, : inputs.head_dim_v], inputs.kv_scale
-    )
+        values = sampled(inputs.v).float() * inputs.v_scale.unsqueeze(-1)
+    else:
+        keys = sampled(inputs.kv.flatten(0, 1)[:, : inputs.head_dim_v])
+        values = keys.float() * inputs.kv_scale
+    return fp8_attention.out_tolerance(values)
 
 
 def check(

@@ -5,9 +5,9 @@ rounded is not held against a kernel, and no verdict speaks of it. A kernel roun
 the softmax to e4m3 as well, for their product with the values: that is the error it is allowed.
 """
 
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import (
@@ -42,8 +42,6 @@ def round_weights(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kernels do, so that those below 2^-10 are lost. The sum that divides, and that lse is of, is of
     weights that are not rounded. A row of -inf has weights 0 and lse -inf.
     """
-    import torch
-
     logits = logits.bfloat16().float()
     largest = logits.amax(-1)
     finite = torch.where(largest == float("-inf"), 0.0, largest)
@@ -53,23 +51,23 @@ def round_weights(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rounded, largest, largest + total.log()
 
 
-def out_tolerance(values: Tensor, scale: Tensor) -> Tolerance:
-    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is about the values'
-    rms over a sample of the keys; and the same share of an element.
+def sampled(keys: Tensor) -> Tensor:
+    """About SAMPLED_KEYS of [keys, …]."""
+    return keys[:: max(1, keys.shape[0] // SAMPLED_KEYS)]
 
-    Args:
-        values: [keys, …] e4m3.
-        scale: what makes them values, to be multiplied with any of their rows.
-    """
-    sample = values[:: max(1, values.shape[0] // SAMPLED_KEYS)].float() * scale
-    rms = sample.square().mean().sqrt().item() if sample.numel() else 0.0
+
+def out_tolerance(values: Tensor) -> Tolerance:
+    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is about the rms of
+    values, fp32, a sample; and the same share of an element."""
+    rms = values.square().mean().sqrt().item() if values.numel() else 0.0
     return Tolerance(abs=OUT_RELATIVE * rms + 1e-30, rel=OUT_RELATIVE, cos=OUT_COSINE)
 
 
-def logits_tolerance(q_length: float, k_length: float, sm_scale: float) -> Tolerance:
-    """For single logits of vectors up to these lengths: LSE_TOLERANCE, or what a sum may lose."""
-    lost = LOGIT_STEPS * sm_scale * q_length * k_length
-    return replace(LSE_TOLERANCE, abs=max(LSE_TOLERANCE.abs, lost))
+def logit_units(q_lengths: Tensor, k_length: Tensor, sm_scale: float) -> Tensor:
+    """1 where a sum of products of such lengths loses less than LSE_TOLERANCE lets through, else
+    by how much it may lose more."""
+    lost = LOGIT_STEPS * sm_scale * q_lengths * k_length
+    return (lost / LSE_TOLERANCE.abs).clamp_min(1.0)
 
 
 def check_outputs(
@@ -77,13 +75,15 @@ def check_outputs(
     expected: Any,
     plain: Any,
     tolerance: Tolerance,
-    logits: Tolerance = LSE_TOLERANCE,
+    *,
+    units: Tensor | None = None,
 ) -> tuple[Check, ...]:
     """All outputs against the fp32 reference: tolerances, and twice the error of `plain`.
 
     Where the scores are weak all weights of a query lie within one step of e4m3 and are rounded the
     same way, by 2^-4 at most, or by luck not at all: hence that floor under the budget. `lse` sees
     a missing key or a wrong scale long before `out` does; what `actual` has as None is not checked.
+    `max_logits` are compared in `logit_units`.
     """
     checks = [
         compare_tensors("out", actual.out, expected.out, tolerance),
@@ -92,8 +92,8 @@ def check_outputs(
     for name in actual._fields:
         found, wanted, low = (getattr(outputs, name) for outputs in (actual, expected, plain))
         if name != "out" and found is not None:
-            limit = logits if name == "max_logits" else LSE_TOLERANCE
-            checks.append(compare_tensors(name, found, wanted, limit))
+            unit = units if name == "max_logits" and units is not None else 1.0
+            checks.append(compare_tensors(name, found / unit, wanted / unit, LSE_TOLERANCE))
             checks.append(
                 compare_logs_to_budget(
                     f"{name}_budget", found, wanted, low, absolute_floor=LSE_FLOOR

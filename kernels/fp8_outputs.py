@@ -28,7 +28,7 @@ from dsa_bench.kernels.fp8_tiles import (
 )
 from dsa_bench.kernels.head_pieces import count_pieces, piece_after
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
-from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, opaque_zero
+from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, opaque_zero, seen_as
 
 VALUES = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 4))
 LOADED_PAIRS = gl.constexpr(
@@ -41,8 +41,6 @@ LOADED_PAIRS = gl.constexpr(
     )
 )
 """[pairs of columns, keys] as the transposing load gives them: registers, lanes, warps."""
-# triton 3.9 made it public
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
@@ -98,11 +96,7 @@ def _add_values(tiles, stage, FIRST: gl.constexpr, p, even, odd):
 def _values(tiles, stage, FIRST: gl.constexpr):
     """Even and odd columns of 64 pairs from FIRST on, of a block: each [64, 64 keys] e4m3, operands
     in registers, keys in the order of `_as_loaded` of the weights."""
-    tile = tiles.k.index(stage)
-    if HAS_REINTERPRET:
-        pairs = tile.reinterpret(gl.int16, [BLOCK_KV, WIDTH // 2], PAIRS_TILE)
-    else:
-        pairs = tile._reinterpret(gl.int16, [BLOCK_KV, WIDTH // 2], PAIRS_TILE)
+    pairs = seen_as(tiles.k.index(stage), gl.int16, WIDTH // 2, PAIRS_TILE)
     pairs = pairs.slice(FIRST, TILE_PAIRS, 1).permute((1, 0)).load(LOADED_PAIRS)
     even, odd = gl.inline_asm_elementwise(
         "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;",

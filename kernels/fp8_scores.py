@@ -3,7 +3,7 @@ softmax, weights in e4m3.
 
 It starts the product of the next block before it makes the weights of this one, so that the tensor
 cores have that to do meanwhile. What it takes a block binds the kernel: exponentials, and the
-latency from the last of them to the outputs, who wait a quarter of the time.
+latency from the last of them to the outputs, which wait an eighth of the time.
 """
 
 from triton.experimental import gluon
@@ -46,6 +46,7 @@ SLACK = gl.constexpr(4.0)
 """... whose largest is 448: a maximum may be passed by a factor of 2^4 before it is set anew, and
 the outputs with it. So they are rescaled once or twice a piece instead of at nearly each block."""
 MANY = gl.constexpr(4)
+"""Groups of products that a wait for nothing leaves unfinished: more than there are."""
 LANE_SUMS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
@@ -72,7 +73,7 @@ def score(arguments, tiles):
         largest = gl.full([BLOCK_H], NO_MAXIMUM, gl.float32, ROW)
         reference = largest
         sums = gl.zeros([BLOCK_H, 4], gl.float32, LANE_SUMS)
-        all_valid = _are_all_keys(arguments, keys)
+        all_valid = _are_all_keys(keys)
         first = done * arguments.NUM_BLOCKS
         entry = first + done
         mbarrier.wait(tiles.q_ready, done & 1)
@@ -157,11 +158,11 @@ def _lane_sums(p):
 
 
 @gluon.jit
-def _are_all_keys(arguments, keys):
+def _are_all_keys(keys):
     """Whether every entry names a key, as in most lists: then no score has to be hidden."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     valid = gl.full([BLOCK_KV], 1, gl.int32, FLAT)
-    for i in range(arguments.NUM_BLOCKS):
+    for i in range(keys.STEPS):
         entries = load_key_block(keys, i * BLOCK_KV, FLAT)
         valid = valid & is_key(entries, keys.num_keys).to(gl.int32)
     return gl.min(valid, 0) != 0

@@ -118,9 +118,7 @@ class Tiles:
     k_free: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(
-        self, q, q_rope, k, k_rope, weights, factors, q_ready, q_free, k_ready, k_free
-    ):  # fmt: skip
+    def __init__(self, q, q_rope, k, k_rope, weights, factors, q_ready, q_free, k_ready, k_free):
         self.q = q
         self.q_rope = q_rope
         self.k = k

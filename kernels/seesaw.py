@@ -142,7 +142,7 @@ def attend_left(tiles, keys, result, qk_scale_log2, pairs_before, queries_before
             tiles.q_rope.index(z), tiles.k_rope.index(z).permute((1, 0)), s, is_async=True
         )
     s = warpgroup_mma_wait(0, deps=[s])
-    for i in range(keys.NUM_PAIRS):
+    for i in range(keys.STEPS):
         phase = (pairs_before + i) & 1
         z = opaque_zero()
         s = gl.where(is_key(rows, keys.num_keys)[None, :], s, -float("inf"))
@@ -164,7 +164,7 @@ def attend_left(tiles, keys, result, qk_scale_log2, pairs_before, queries_before
         fence_async_shared()
         arrive_at(P_LEFT_SET)
         # behind the last use of p: 16 registers less at the peak
-        rows = load_key_block(keys, gl.minimum(i + 1, keys.NUM_PAIRS - 1) * (2 * BLOCK_KV), COLUMN)
+        rows = load_key_block(keys, gl.minimum(i + 1, keys.STEPS - 1) * (2 * BLOCK_KV), COLUMN)
         row_sum = row_sum * beta
         # a register operand must outlive its product, so it passes through the wait
         acc, p_operand = warpgroup_mma_wait(0, deps=[acc_token, p_operand])
@@ -174,7 +174,7 @@ def attend_left(tiles, keys, result, qk_scale_log2, pairs_before, queries_before
         acc_token = warpgroup_mma(
             tiles.p_right.index(z), tiles.k_left.index(z + 1), acc, is_async=True
         )
-        if i + 1 < keys.NUM_PAIRS:
+        if i + 1 < keys.STEPS:
             mbarrier.wait(tiles.ready.index(K0_LEFT), phase ^ 1)
             s_token = warpgroup_mma(
                 tiles.q_left.index(z), tiles.k_left.index(z).permute((1, 0)), no_scores,
@@ -220,7 +220,7 @@ def attend_right(tiles, keys, result, qk_scale_log2, pairs_before, queries_befor
     acc = gl.zeros([BLOCK_H, HALF_V], gl.float32, OUTPUT)
     no_scores = gl.zeros([BLOCK_H, BLOCK_KV], gl.float32, SCORES)
     mbarrier.wait(tiles.query.index(QUERY_READY), queries_before & 1)
-    for i in range(keys.NUM_PAIRS):
+    for i in range(keys.STEPS):
         phase = (pairs_before + i) & 1
         z = opaque_zero()
         rows = load_key_block(keys, i * (2 * BLOCK_KV) + BLOCK_KV, COLUMN)
@@ -260,7 +260,7 @@ def attend_right(tiles, keys, result, qk_scale_log2, pairs_before, queries_befor
         wait_at(P_LEFT_SET)
         acc = warpgroup_mma(tiles.k_rope.index(z), tiles.k_right.index(z), acc, is_async=True)
         acc, p_operand = warpgroup_mma_wait(1, deps=[acc, p_operand])
-        if i + 1 < keys.NUM_PAIRS:
+        if i + 1 < keys.STEPS:
             mbarrier.arrive(tiles.free.index(K1_RIGHT), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(tiles.free.index(K0_RIGHT), count=1)

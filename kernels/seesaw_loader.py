@@ -90,14 +90,14 @@ def load_bf16_rows(kv_ptr, stride_row, keys, tiles, pairs_before):
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     next0 = load_key_block(keys, 0, ROWS)
     next1 = load_key_block(keys, BLOCK_KV, ROWS)
-    for i in range(keys.NUM_PAIRS):
+    for i in range(keys.STEPS):
         phase = ((pairs_before + i) & 1) ^ 1
         valid0 = is_key(next0, keys.num_keys)
         valid1 = is_key(next1, keys.num_keys)
         rows0 = gl.where(valid0, next0, 0)
         rows1 = gl.where(valid1, next1, 0)
         # the indices of the next pair travel while this one is gathered
-        following = gl.minimum(i + 1, keys.NUM_PAIRS - 1) * (2 * BLOCK_KV)
+        following = gl.minimum(i + 1, keys.STEPS - 1) * (2 * BLOCK_KV)
         next0 = load_key_block(keys, following, ROWS)
         next1 = load_key_block(keys, following + BLOCK_KV, ROWS)
         _load_left(kv_ptr, stride_row, rows0, valid0, tiles, phase, 0, K0_LEFT)

@@ -94,17 +94,31 @@ class KeyList:
     ptr: gl.tensor
     length: gl.tensor  # entries that count; only looked at where IS_RAGGED
     num_keys: gl.tensor
-    # pairs of blocks to walk; a trip count known at run time alone makes ptxas spill
-    NUM_PAIRS: gl.constexpr
-    IS_RAGGED: gl.constexpr  # length is not a multiple of 128, or differs by row
+    # of the walk: pairs of blocks in `seesaw.py`, blocks in `fp8_scores.py`; a count known at run
+    # time alone makes ptxas spill
+    STEPS: gl.constexpr
+    IS_RAGGED: gl.constexpr  # length is not that of whole steps, or differs by row
 
     @gluon.constexpr_function
-    def __init__(self, ptr, length, num_keys, NUM_PAIRS, IS_RAGGED):
+    def __init__(self, ptr, length, num_keys, STEPS, IS_RAGGED):
         self.ptr = ptr
         self.length = length
         self.num_keys = num_keys
-        self.NUM_PAIRS = gl.constexpr(NUM_PAIRS)
+        self.STEPS = gl.constexpr(STEPS)
         self.IS_RAGGED = gl.constexpr(IS_RAGGED)
+
+
+# triton 3.9 made it public
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def seen_as(tile, DTYPE: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bytes of a block's tile as numbers of another width: [BLOCK_KV, COLUMNS]."""
+    if HAS_REINTERPRET:
+        return tile.reinterpret(DTYPE, [BLOCK_KV, COLUMNS], LAYOUT)
+    else:
+        return tile._reinterpret(DTYPE, [BLOCK_KV, COLUMNS], LAYOUT)
 
 
 @gluon.jit

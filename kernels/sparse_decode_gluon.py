@@ -49,6 +49,7 @@ from dsa_bench.kernels.seesaw_tiles import (
     allocate_tiles,
     is_key,
     load_key_block,
+    seen_as,
 )
 from dsa_bench.kernels.sparse_decode import (
     MAX_SPLITS,
@@ -70,8 +71,6 @@ FIRST_SCALE = gl.constexpr(512 // 4)
 FIRST_ROPE = gl.constexpr(528 // 2)
 TILE_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 """The bytes of a bf16 tile seen as int32."""
-# triton 3.9 made it public
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """Layouts of the loader: 16 bytes a thread, 8 threads a 128-byte line."""
@@ -132,14 +131,6 @@ def _copy_rope(halves_ptr, keys, first, tiles, BLOCK: gl.constexpr, BARRIER: gl.
 
 
 @gluon.jit
-def _as_words(tile, BLOCK: gl.constexpr):
-    if HAS_REINTERPRET:
-        return tile.index(BLOCK).reinterpret(gl.int32, [BLOCK_KV, HALF_V // 2], TILE_WORDS)
-    else:
-        return tile.index(BLOCK)._reinterpret(gl.int32, [BLOCK_KV, HALF_V // 2], TILE_WORDS)
-
-
-@gluon.jit
 def _publish(tiles, BARRIER: gl.constexpr):
     """The half block is stored: make it visible to wgmma, tell the consumers."""
     fence_async_shared()
@@ -156,14 +147,14 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, WORDS)
     HALF_WORDS: gl.constexpr = 2 * GROUP_WORDS
-    k0_left = _as_words(tiles.k_left, 0)
-    k1_left = _as_words(tiles.k_left, 1)
-    k0_right = _as_words(tiles.k_right, 0)
-    k1_right = _as_words(tiles.k_right, 1)
+    k0_left = seen_as(tiles.k_left.index(0), gl.int32, HALF_V // 2, TILE_WORDS)
+    k1_left = seen_as(tiles.k_left.index(1), gl.int32, HALF_V // 2, TILE_WORDS)
+    k0_right = seen_as(tiles.k_right.index(0), gl.int32, HALF_V // 2, TILE_WORDS)
+    k1_right = seen_as(tiles.k_right.index(1), gl.int32, HALF_V // 2, TILE_WORDS)
     rows0, valid0 = _key_rows(keys, 0, ROWS)
     a, a_scale = _load_group(words_ptr, rows0, valid0, 0)
     b, b_scale = _load_group(words_ptr, rows0, valid0, 1)
-    for i in range(keys.NUM_PAIRS):
+    for i in range(keys.STEPS):
         phase = (i & 1) ^ 1
         first = i * (2 * BLOCK_KV)
         rows1, valid1 = _key_rows(keys, first + BLOCK_KV, ROWS)
@@ -178,7 +169,7 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
         mbarrier.wait(tiles.free.index(K1_RIGHT), phase)
         _copy_rope(halves_ptr, keys, first + BLOCK_KV, tiles, 1, K1_RIGHT)
         _store_group(k1_right.slice(0, HALF_WORDS, 1), a, a_scale)
-        if keys.NUM_PAIRS == 1:
+        if keys.STEPS == 1:
             # read again rather than kept: without the loop ptxas spills 40 bytes
             rows0, valid0 = _key_rows(keys, first, ROWS)
         a, a_scale = _load_group(words_ptr, rows0, valid0, 2)
@@ -189,14 +180,14 @@ def _load_fp8_rows(words_ptr, halves_ptr, keys, tiles):
         mbarrier.wait(tiles.free.index(K0_RIGHT), phase)
         _copy_rope(halves_ptr, keys, first, tiles, 0, K0_RIGHT)
         _store_group(k0_right.slice(0, HALF_WORDS, 1), a, a_scale)
-        if keys.NUM_PAIRS == 1:
+        if keys.STEPS == 1:
             rows1, valid1 = _key_rows(keys, first + BLOCK_KV, ROWS)
         a, a_scale = _load_group(words_ptr, rows1, valid1, 0)
         _store_group(k0_right.slice(HALF_WORDS, HALF_WORDS, 1), b, b_scale)
         b, b_scale = _load_group(words_ptr, rows1, valid1, 1)
         _publish(tiles, K0_RIGHT)
 
-        following = gl.minimum(i + 1, keys.NUM_PAIRS - 1) * (2 * BLOCK_KV)
+        following = gl.minimum(i + 1, keys.STEPS - 1) * (2 * BLOCK_KV)
         rows0, valid0 = _key_rows(keys, following, ROWS)
         mbarrier.wait(tiles.free.index(K1_LEFT), phase)
         _store_group(k1_left.slice(0, HALF_WORDS, 1), a, a_scale)

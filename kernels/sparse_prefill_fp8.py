@@ -40,11 +40,11 @@ from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels import fp8, sparse_prefill
 from dsa_bench.kernels.attention import AttentionRow
 from dsa_bench.kernels.fp8_attention import (
-    SAMPLED_KEYS,
     check_outputs,
-    logits_tolerance,
+    logit_units,
     out_tolerance,
     round_weights,
+    sampled,
 )
 from dsa_bench.kernels.sparse_prefill import (
     SparsePrefillInputs,
@@ -57,7 +57,6 @@ from dsa_bench.record import Case
 
 WIDTH, ROPE = 512, 64
 FIGURE_ROWS = 8
-SAMPLED_QUERIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,11 @@ def reference(inputs: Fp8PrefillInputs, *, rows: Tensor | None = None) -> Sparse
 
 def plain(inputs: Fp8PrefillInputs, *, rows: Tensor | None = None) -> SparsePrefillOutputs:
     """The same with the roundings of a fp8 kernel: the measure of its error."""
-    return sparse_prefill.attend_rows(dequantize(inputs, rows), None, _attend_rounded)
+    return _attend_rounded_rows(dequantize(inputs, rows))
+
+
+def _attend_rounded_rows(inputs: SparsePrefillInputs) -> SparsePrefillOutputs:
+    return sparse_prefill.attend_rows(inputs, None, _attend_rounded)
 
 
 def _attend_rounded(
@@ -159,42 +162,27 @@ def check(
 ) -> tuple[Check, ...]:
     """All outputs against the fp32 reference; limits as in `fp8_attention.py`."""
     actual = outputs if rows is None else SparsePrefillOutputs(*(x[rows] for x in outputs))
-    q, k = _sample(inputs)
+    exact = dequantize(inputs, rows)
+    k = exact.kv[_listed(exact)]
+    k = k[k.isfinite().all(1)]
+    longest = k.norm(dim=1).max() if len(k) else k.new_zeros(())
     return check_outputs(
         actual,
-        reference(inputs, rows=rows),
-        plain(inputs, rows=rows),
-        out_tolerance(k[:, :WIDTH], k.new_ones(1)),
-        logits_tolerance(_length(q), _length(k), inputs.sm_scale),
+        sparse_prefill.reference(exact),
+        _attend_rounded_rows(exact),
+        out_tolerance(k[:, :WIDTH]),
+        units=logit_units(exact.q.norm(dim=-1), longest, inputs.sm_scale),
     )
 
 
-def _length(vectors: Tensor) -> float:
-    """Of the longest."""
-    return vectors.norm(dim=-1).max().item() if vectors.numel() else 0.0
-
-
-def _sample(inputs: Fp8PrefillInputs) -> tuple[Tensor, Tensor]:
-    """Some queries in fp32, and some keys that queries name, without NaN."""
-    listed = _listed(inputs)
-    rows = torch.arange(0, inputs.q.shape[0], max(1, inputs.q.shape[0] // SAMPLED_QUERIES))
-    few = dataclasses.replace(
-        inputs,
-        kv=inputs.kv.view(torch.uint8)[listed].view(inputs.kv.dtype),
-        k_rope=None if inputs.k_rope is None else inputs.k_rope[listed],
-    )
-    some = dequantize(few, rows.to(inputs.q.device))
-    return some.q, some.kv[some.kv.isfinite().all(1)]
-
-
-def _listed(inputs: Fp8PrefillInputs) -> Tensor:
-    """Numbers of some keys that queries name."""
+def _listed(inputs: SparsePrefillInputs) -> Tensor:
+    """Numbers of some keys that queries name; those that nobody names may be NaN."""
     indices = inputs.topk_indices
-    positions = torch.arange(indices.shape[1], device=indices.device)
     valid = (indices >= 0) & (indices < inputs.kv.shape[0])
     if inputs.topk_lens is not None:
+        positions = torch.arange(indices.shape[1], device=indices.device)
         valid &= positions < inputs.topk_lens[:, None]
-    return indices[valid].long()[:SAMPLED_KEYS]
+    return sampled(indices[valid]).long()
 
 
 def figures(

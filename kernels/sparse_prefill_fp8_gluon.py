@@ -16,8 +16,6 @@ keys, rows with and without rope columns. What was tried and what it gave:
 `docs/kernels/sparse_prefill_fp8.md`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -40,6 +38,10 @@ from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "sparse_prefill_fp8"
 BLOCK_H, BLOCK_KV = 64, 64
+OUTPUT_REGISTERS, LOADER_REGISTERS = 176, 48
+"""A thread; what is left of 512, scores + 2 outputs + loader, are the scores'. With 168 for the
+outputs ptxas runs their products one by one (C7512), with 184 or 56 for the loader the scores
+spill, with 40 the loader does where lists are ragged."""
 MAX_TOPK = 4096
 """All keys are summed in one accumulator of some 14 bits, and what is lost grows with them: 0.8 %
 of `out` at topk 2048, where 3.1 % are allowed."""
@@ -76,20 +78,6 @@ def _sparse_prefill_fp8_kernel(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SparsePrefillFp8Config:
-    """Registers a thread; what is left of 512, scores + 2 outputs + loader, are the scores'."""
-
-    output_registers: int = 176
-    loader_registers: int = 48
-
-
-def choose_config(num_heads: int, topk: int) -> SparsePrefillFp8Config:
-    """One for all shapes: with 168 for the outputs ptxas runs their products one by one (C7512),
-    with 184, or 48 for the loader, the scores spill."""
-    return SparsePrefillFp8Config()
-
-
 def sparse_prefill_fp8(
     q: Tensor,
     q_rope: Tensor | None,
@@ -113,7 +101,7 @@ def sparse_prefill_fp8(
         kv: [seq_len_kv, 512] e4m3.
         k_rope: [seq_len_kv, 64] bf16.
         kv_scale: [1] fp32, > 0.
-        topk_indices: [seq_len_q, topk] int32.
+        topk_indices: [seq_len_q, topk] int32, topk up to 4096.
         sm_scale: > 0.
         attn_sink: [num_heads] fp32.
         topk_lens: [seq_len_q] int32.
@@ -124,6 +112,8 @@ def sparse_prefill_fp8(
         q, q_rope, q_scale, kv, k_rope, kv_scale, topk_indices, sm_scale, attn_sink, topk_lens
     )
     (seq_len_q, num_heads, _), topk = q.shape, topk_indices.shape[1]
+    if topk > MAX_TOPK:
+        raise ValueError(f"topk must be up to {MAX_TOPK}, got {topk} (sparse_prefill takes more)")
     out = torch.empty(q.shape, dtype=torch.bfloat16, device=q.device)
     max_logits = torch.empty(seq_len_q, num_heads, device=q.device)
     lse = torch.empty_like(max_logits)
@@ -131,7 +121,6 @@ def sparse_prefill_fp8(
         return SparsePrefillOutputs(
             out.zero_(), max_logits.fill_(float("-inf")), lse.fill_(float("inf"))
         )
-    config = choose_config(num_heads, topk)
     num_pieces = seq_len_q * -(-num_heads // BLOCK_H)
     num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     _sparse_prefill_fp8_kernel[(min(num_pieces, num_sms),)](
@@ -145,8 +134,7 @@ def sparse_prefill_fp8(
         HAS_LENS=topk_lens is not None, HAS_SINK=attn_sink is not None,
         IS_RAGGED=topk_lens is not None or topk % BLOCK_KV != 0,
         HEADS_MASKED=num_heads % BLOCK_H != 0, HAS_ROPE=q_rope is not None,
-        OUTPUT_REGISTERS=config.output_registers, LOADER_REGISTERS=config.loader_registers,
-        num_warps=4,
+        OUTPUT_REGISTERS=OUTPUT_REGISTERS, LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4,
     )  # fmt: skip
     return SparsePrefillOutputs(out, max_logits, lse)
 
@@ -183,11 +171,7 @@ def compile_cases() -> list[CompileCase]:
         "num_pieces": "i32", "num_keys": "i32", "num_heads": "i32", "topk": "i32",
         "sm_scale_log2": "fp32",
     }  # fmt: skip
-    config = choose_config(128, 2048)
-    registers = {
-        "OUTPUT_REGISTERS": config.output_registers,
-        "LOADER_REGISTERS": config.loader_registers,
-    }
+    registers = {"OUTPUT_REGISTERS": OUTPUT_REGISTERS, "LOADER_REGISTERS": LOADER_REGISTERS}
     flags = ("HAS_LENS", "HAS_SINK", "IS_RAGGED", "HEADS_MASKED")
     return [
         CompileCase(

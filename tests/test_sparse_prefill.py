@@ -10,13 +10,13 @@ from dsa_bench.baselines.merge import merge_by_lse
 from dsa_bench.kernels import attention, page_slots
 from dsa_bench.kernels.sparse_prefill import (
     OPERATOR,
-    SparsePrefillOutputs,
     SparsePrefillShape,
 )
 from dsa_bench.operator import Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
 from tests import hostile
+from tests.sparse_prefill_loops import loops
 
 INF, NAN = float("inf"), float("nan")
 
@@ -27,29 +27,6 @@ def small(seq_len_q=6, seq_len_kv=40, topk=16, num_heads=3, seed=0):
     )
     inputs = OPERATOR.make_inputs(shape, seed=seed, device="cpu")
     return replace(inputs, q=inputs.q * 16)  # with weak scores every key counts alike
-
-
-def loops(inputs):
-    """The definition, one query, head and entry at a time, in Python floats."""
-    q, kv = inputs.q.double(), inputs.kv.double()
-    rows, heads = q.shape[:2]
-    out = torch.zeros(rows, heads, inputs.head_dim_v, dtype=torch.float64)
-    largest, lse = torch.full((rows, heads), -INF), torch.full((rows, heads), INF)
-    for i in range(rows):
-        listed = inputs.topk_indices[i].tolist()
-        if inputs.topk_lens is not None:
-            listed = listed[: max(0, int(inputs.topk_lens[i]))]
-        used = [n for n in listed if 0 <= n < kv.shape[0]]
-        for h in range(heads if used else 0):
-            scores = [inputs.sm_scale * float(q[i, h] @ kv[n]) for n in used]
-            total = sum(math.exp(s) for s in scores)
-            largest[i, h], lse[i, h] = max(scores), math.log(total)
-            if inputs.attn_sink is not None:
-                sink = float(inputs.attn_sink[h])
-                total += math.exp(sink) if sink < INF else INF
-            for n, s in zip(used, scores, strict=True):
-                out[i, h] += math.exp(s) / total * kv[n, : inputs.head_dim_v]
-    return SparsePrefillOutputs(out.float(), largest, lse)
 
 
 def assert_equal(actual, expected):
@@ -79,7 +56,8 @@ def with_duplicates(inputs):
 )  # fmt: skip
 def test_reference_matches_loops(mutate):
     inputs = mutate(small())
-    assert_equal(OPERATOR.reference(inputs), loops(inputs))
+    expected = loops(inputs.q.double(), inputs.kv.double(), inputs, inputs.head_dim_v)
+    assert_equal(OPERATOR.reference(inputs), expected)
 
 
 def test_a_paged_cache_is_read_where_it_lies():

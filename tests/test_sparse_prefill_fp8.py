@@ -8,7 +8,7 @@ import torch
 
 from dsa_bench import registry
 from dsa_bench.kernels import attention, sparse_prefill
-from dsa_bench.kernels.sparse_prefill import SparsePrefillOutputs, SparsePrefillShape
+from dsa_bench.kernels.sparse_prefill import SparsePrefillShape
 from dsa_bench.kernels.sparse_prefill_fp8 import OPERATOR, check_arguments, plain, quantize
 from dsa_bench.operator import Machine, Unsupported
 from dsa_bench.preset import PRESETS
@@ -24,6 +24,7 @@ from tests.fp8_prefill import (
     with_lens,
     with_sink,
 )
+from tests.sparse_prefill_loops import loops
 
 CPU = Machine(device="cpu", name="CPU")
 V32 = PRESETS["v3.2"]
@@ -36,28 +37,6 @@ def in_fp64(inputs):
     if inputs.q_rope is None:
         return q, kv
     return torch.cat([q, inputs.q_rope.double()], 2), torch.cat([kv, inputs.k_rope.double()], 1)
-
-
-def loops(q, kv, inputs):
-    """The definition, one query, head and entry at a time, in Python floats."""
-    rows, heads = q.shape[:2]
-    out = torch.zeros(rows, heads, 512, dtype=torch.float64)
-    largest, lse = torch.full((rows, heads), -INF), torch.full((rows, heads), INF)
-    for i in range(rows):
-        listed = inputs.topk_indices[i].tolist()
-        if inputs.topk_lens is not None:
-            listed = listed[: max(0, int(inputs.topk_lens[i]))]
-        used = [n for n in listed if 0 <= n < kv.shape[0]]
-        for h in range(heads if used else 0):
-            scores = [inputs.sm_scale * float(q[i, h] @ kv[n]) for n in used]
-            total = sum(math.exp(s) for s in scores)
-            largest[i, h], lse[i, h] = max(scores), math.log(total)
-            if inputs.attn_sink is not None:
-                sink = float(inputs.attn_sink[h])
-                total += math.exp(sink) if sink < INF else INF
-            for n, s in zip(used, scores, strict=True):
-                out[i, h] += math.exp(s) / total * kv[n, :512]
-    return SparsePrefillOutputs(out.float(), largest, lse)
 
 
 def assert_equal(actual, expected):

@@ -177,3 +177,20 @@ def test_check_of_some_rows_sees_those_alone():
     assert hostile.passes(OPERATOR.check(inputs, wrong, rows=torch.tensor([0, 5])))
     assert not hostile.passes(OPERATOR.check(inputs, wrong, rows=torch.tensor([3])))
     assert not hostile.passes(OPERATOR.check(inputs, wrong))
+
+
+def test_a_weak_head_has_no_limit_of_a_strong_one():
+    inputs = make(**SIZES)
+    strong = torch.tensor([1.0, 512.0, 1.0])
+    rope = inputs.q_rope * strong[:, None].bfloat16()
+    inputs = replace(inputs, q_scale=inputs.q_scale * strong, q_rope=rope)
+    largest = online(inputs).max_logits
+
+    def fails(head):
+        moved = largest.clone()
+        moved[2, head] += 2.0**-7 if largest[2, head].abs() < 1 else 2.0**-9 * largest[2, head]
+        wrong = online(inputs)._replace(max_logits=moved)
+        (check,) = (x for x in OPERATOR.check(inputs, wrong) if x.name == "max_logits")
+        return not check.passed
+
+    assert fails(0) and fails(2) and not fails(1)

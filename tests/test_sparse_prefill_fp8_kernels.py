@@ -27,9 +27,18 @@ def test_supports_says_why_not():
 
 
 def test_registers_of_the_gluon_kernel_fit():
-    config = sparse_prefill_fp8_gluon.choose_config(128, 2048)
-    left = 512 - 2 * config.output_registers - config.loader_registers
+    outputs, loader = (
+        sparse_prefill_fp8_gluon.OUTPUT_REGISTERS, sparse_prefill_fp8_gluon.LOADER_REGISTERS
+    )  # fmt: skip
+    left = 512 - 2 * outputs - loader
     assert left % 8 == 0 and left >= 112  # with fewer the scores spill
+
+
+def test_gluon_refuses_more_keys_than_one_accumulator_may_sum():
+    shape = SparsePrefillShape(seq_len_q=1, seq_len_kv=4097, topk=4097, num_heads=1)
+    inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="topk must be up to 4096, got 4097"):
+        sparse_prefill_fp8_gluon.run(inputs)
 
 
 def emulate(inputs, *, seed, num_sms=2, **changes):
