@@ -35,6 +35,7 @@ from triton.language import core
 
 from tests.gluon_emulator import language
 from tests.gluon_emulator.asm import MODELS, Model
+from tests.gluon_emulator.asm_lanes import LANES
 from tests.gluon_emulator.program import Deadlock, EmulationError
 
 __all__ = ["Deadlock", "Emulated", "EmulationError", "emulated_gluon"]
@@ -69,7 +70,7 @@ def emulated_gluon(
     asks torch for the device's properties sees a Hopper GPU of `num_sms` multiprocessors.
     """
     settings = Emulated(delay=delay, seed=str(seed))
-    stand_ins = language.stand_ins(settings, {**(asm or {}), **MODELS})
+    stand_ins = language.stand_ins(settings, {**(asm or {}), **LANES, **MODELS})
     device = types.SimpleNamespace(multi_processor_count=num_sms, major=9, minor=0, name="emulated")
     saved = {name: module for name, module in sys.modules.items() if _is_gluon(name, module)}
     for name in saved:
@@ -96,11 +97,13 @@ def emulated_gluon(
 
 
 def _is_gluon(name: str, module: object) -> bool:
-    """Gluon itself, and those of our modules that have imported it."""
+    """Gluon itself, and those of our modules that have imported it, or kernels made of it."""
     if name.startswith(language.ROOT):
         return True
     if not name.startswith(OURS) or name.startswith(__name__):
         return False
+    if name.endswith("_gluon"):
+        return True
     names = (getattr(value, "__name__", "") for value in vars(module).values())
     return any(str(n).startswith(f"{language.ROOT}.gluon") for n in names)
 

@@ -113,7 +113,7 @@ class Kernel:
 def _argument(value: Any) -> Any:
     """A host argument as the device sees it."""
     if isinstance(value, Tensor):
-        return Pointer.to(value)
+        return Pointer.of(value)
     if isinstance(value, tuple):
         return tuple(map(_argument, value))
     if isinstance(value, int) and not isinstance(value, bool):

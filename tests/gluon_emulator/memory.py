@@ -27,12 +27,16 @@ class Pointer:
         self.memory, self.offset = memory, offset
 
     @classmethod
-    def to(cls, tensor: Tensor) -> "Pointer":
+    def of(cls, tensor: Tensor) -> "Pointer":
         """Everything between the tensor's first and last element."""
         span = 1 + sum(
             (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
         )
         return cls(tensor.as_strided((span if tensor.numel() else 0,), (1,)))
+
+    def to(self, dtype: torch.dtype) -> "Pointer":
+        """An address as a number, for assembly."""
+        return self
 
     def __add__(self, offset: Any) -> "Pointer":
         moved = offset.to(torch.int64) if isinstance(offset, Tensor) else offset
