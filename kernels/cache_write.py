@@ -19,8 +19,8 @@ Shapes:
 The layout of both caches is in `paging.py`; a uint8 cache is written in fp8. The outputs are the
 caches that came in: they are written in place.
 
-Conventions: a token whose slot is not in 0 … num_pages · page_size - 1 is skipped, and nothing but
-the slot is read of it. No two tokens have the same slot. All bytes of other slots stay.
+Conventions: a token whose slot is not in 0 … num_pages · page_size - 1 is skipped, whatever else
+stands in its rows. No two tokens have the same slot. All bytes of other slots stay.
 
 Rounding: sums, norms and rotations are in fp32. To bf16 are rounded c; r; y; the rotated first half
 of y; k. What was rounded to bf16 is then quantised. Tensors in fp32 are rounded nowhere, but by the

@@ -31,6 +31,7 @@ def _query_rope_kernel(
     wide = heads.to(tl.int64)[:, None]
     x = tl.load(x_ptr + row * stride_xt + wide * stride_xh + columns, mask=exists, other=0.0)
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [BLOCK_H, 32, 2]))
+    tl.debug_barrier()  # else some loads of x stand behind the angles, which wait for a position
     angles = table_ptr + tl.load(positions_ptr + row).to(tl.int64) * 64 + tl.arange(0, 32)
     cos, sin = tl.load(angles)[None, :], tl.load(angles + 32)[None, :]
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)

@@ -319,6 +319,7 @@ def test_no_tokens(run):
 
 
 @pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's maximum of a token to be skipped
 @pytest.mark.parametrize("mutate", MUTATIONS.values(), ids=MUTATIONS)
 @pytest.mark.parametrize("page_size", [1, 7, 64])
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
@@ -329,6 +330,23 @@ def test_triton_interpreted(precision, page_size, mutate):
     bare = replace(inputs, index_k=None, index_cache=None)
     alone = assert_writes(bare, cache_write_triton.run)
     assert torch.equal(hostile.bits(alone.kv_cache), hostile.bits(outputs.kv_cache))
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("latent_t", [8, 16])
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_more_latents_of_a_program_are_the_same_bytes(precision, latent_t):
+    inputs = wild(small(precision, tokens=39))
+    usual, other = poisoned(inputs), poisoned(inputs)
+    cache_write_triton.cache_write(usual)
+    cache_write_triton.cache_write(other, latent_t=latent_t)
+    assert torch.equal(hostile.bits(usual.kv_cache), hostile.bits(other.kv_cache))
+    assert torch.equal(hostile.bits(usual.index_cache), hostile.bits(other.index_cache))
+
+
+def test_latents_of_a_program_follow_the_tokens():
+    assert [cache_write_triton.choose_latent_t(n) for n in (1, 2047, 2048, 16384)] == [4, 4, 8, 8]
 
 
 @pytest.mark.interpret

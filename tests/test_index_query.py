@@ -14,11 +14,12 @@ from dsa_bench.kernels.index_query import (
     IndexQueryOutputs,
     IndexQueryShape,
 )
+from dsa_bench.kernels.index_query_triton import IndexQueryConfig, choose_config
 from dsa_bench.kernels.rope import rope_table
 from dsa_bench.operator import Machine
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
-from tests import hostile
+from tests import aot, hostile
 
 V32 = PRESETS["v3.2"]
 LAST = 163839
@@ -251,18 +252,56 @@ def test_triton_supports_says_why_not():
     assert "a CPU" in index_query_triton.supports(shape_of(1, 64, "bf16"), CPU)
 
 
-def run_triton(inputs):
-    return registry.implementation("index_query", "triton").run(inputs)
+CONFIGS = {
+    f"{method}-{block_h}": IndexQueryConfig(method=method, block_h=block_h, num_warps=num_warps)
+    for method, block_h, num_warps in (
+        ("products", 16, 1), ("products", 32, 2), ("products", 64, 4),
+        ("shuffles", 16, 4), ("shuffles", 64, 4),
+    )
+}  # fmt: skip
 
 
-@pytest.mark.interpret
+def test_config_checks_itself():
+    with pytest.raises(ValueError, match="method must be products or shuffles, got dot"):
+        IndexQueryConfig(method="dot", block_h=16, num_warps=1)
+    with pytest.raises(ValueError, match="16 heads a warp, got block_h 64 and num_warps 2"):
+        IndexQueryConfig(method="products", block_h=64, num_warps=2)
+
+
+def test_config_follows_the_rows():
+    assert choose_config(1, 64).method == choose_config(4096, 16).method == "shuffles"
+    assert choose_config(4096, 64).method == choose_config(512, 17).method == "products"
+    assert {choose_config(rows, 64) for rows in (1, 4096)} <= set(CONFIGS.values())
+
+
 @PRECISIONS
-@pytest.mark.parametrize(("num_rows", "index_heads"), [(0, 4), (1, 64), (6, 21)])
-@pytest.mark.parametrize("kind", MUTATIONS)
-def test_triton_interpreted(precision, num_rows, index_heads, kind):
-    inputs = MUTATIONS[kind](small(precision, num_rows, num_rows, index_heads))
+def test_products_exchange_nothing_between_threads(precision, tmp_path, monkeypatch):
+    """But the maxima of rows, and the signs and scales through shared memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (case,) = (
+        case for case in index_query_triton.compile_cases() if f"products, {precision}" in case.name
+    )
+    code = aot.compile_case(case)
+    assert code.count("SHFL") <= (8 if precision == "fp8" else 0)
+    assert code.shared_bytes <= 512
+    # F2F rounds one element at a time, at a quarter of the rate of F2FP
+    assert code.count("F2F.") <= 2
+
+
+def run_triton(inputs, config=None):
+    if config is None:
+        return registry.implementation("index_query", "triton").run(inputs)
+    tensors = (inputs.x, inputs.head_weights, inputs.positions, inputs.rope_table)
+    scale, precision = inputs.weight_scale, inputs.precision
+    made = index_query_triton.index_query(
+        *tensors, precision=precision, weight_scale=scale, config=config
+    )
+    return IndexQueryOutputs(*made)
+
+
+def assert_near_the_reference(inputs, config=None):
     with hostile.poisoned_outputs():
-        outputs = run_triton(inputs)
+        outputs = run_triton(inputs, config)
     hostile.assert_right("index_query", inputs, outputs)
     wanted = OPERATOR.reference(inputs)
     # one rounding may fall the other way here and there, a weight's scale nearly never
@@ -272,12 +311,30 @@ def test_triton_interpreted(precision, num_rows, index_heads, kind):
 
 
 @pytest.mark.interpret
+@PRECISIONS
+@pytest.mark.parametrize(("num_rows", "index_heads"), [(0, 4), (1, 64), (6, 21)])
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_triton_interpreted(precision, num_rows, index_heads, kind):
+    assert_near_the_reference(MUTATIONS[kind](small(precision, num_rows, num_rows, index_heads)))
+
+
+@pytest.mark.interpret
+@PRECISIONS
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_config_interpreted(precision, config):
+    inputs = small(precision, 3, num_rows=5, index_heads=20)
+    assert_near_the_reference(far(strided(inputs)), config)
+    assert_near_the_reference(extreme(inputs), config)
+
+
+@pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's maximum of a vector of NaN
 @PRECISIONS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_triton_interpreted_shows_what_is_not_finite(precision, value):
+@pytest.mark.parametrize("name", ["products-16", "shuffles-16"])
+def test_triton_interpreted_shows_what_is_not_finite(precision, value, name):
     inputs: IndexQueryInputs = changed(small(precision), lambda x: x[2, 3, 100:101].fill_(value))
-    q, weights = run_triton(inputs)
+    q, weights = run_triton(inputs, CONFIGS[name])
     product = q.float() * weights.unsqueeze(-1)
     assert not product[2, 3].isfinite().any()
     product[2, 3] = 0
@@ -294,3 +351,12 @@ SHAPES += [replace(shape, precision="bf16") for shape in SHAPES]
 @pytest.mark.parametrize("kind", MUTATIONS)
 def test_index_query_matches_reference(name, shape, kind):
     hostile.assert_implementation("index_query", name, shape, MUTATIONS[kind])
+
+
+@pytest.mark.gpu
+@PRECISIONS
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_every_config_matches_reference(precision, config, kind):
+    inputs = OPERATOR.make_inputs(shape_of(700, 37, precision), seed=1, device="cuda")
+    assert_near_the_reference(MUTATIONS[kind](inputs), config)
