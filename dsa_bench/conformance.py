@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsa_bench.finding import Finding
+
 TIMEOUT = 600.0
 """Seconds for one process; compiling a kernel takes the most."""
 SIZES = {"cpu": ((300, 64, 16),), "cuda": ((300, 64, 16), (4160, 2048, 128))}
@@ -24,23 +26,6 @@ ODD_SIZES = ((301, 1), (37, 37))
 """(L, queries) of a prefill with random inputs: one query, and as many as there are keys. Decode
 takes one new token of one sequence."""
 ODD_TOPK, ODD_HEADS = 16, 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One implementation on one hostile input."""
-
-    op: str
-    impl: str
-    name: str
-    """Of the input: phase, precision, L and what makes it hostile."""
-    verdict: str
-    """`ok`, `wrong`, `refused` (it says that it cannot take this) or `raised`."""
-    reason: str = ""
-
-    @property
-    def is_bad(self) -> bool:
-        return self.verdict in ("wrong", "raised")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,6 +51,8 @@ class Request:
     timeout: float | None = None
     output: Path | None = None
     gpu_hour_usd: float = 2.0
+    hostile: bool = False
+    """What is ok meets the hostile inputs too, after all cases."""
 
     @property
     def is_bare(self) -> bool:
@@ -87,6 +89,11 @@ class Job:
     def device(self) -> str:
         return str(self.header["machine"]["device"])
 
+    @property
+    def is_hostile(self) -> bool:
+        """The run was begun with --hostile."""
+        return self.header["options"].get("hostile") is True
+
 
 def prepare(request: Request, *, is_dry: bool = False) -> Job:
     """Examine the machine and plan the cases; nothing is written. A dry job is only to be shown."""
@@ -114,6 +121,7 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         "gpu_hour_usd": request.gpu_hour_usd,
         "replicates": request.replicates,
         "order_seed": random.SystemRandom().getrandbits(32),
+        **({"hostile": True} if request.hostile else {}),
     }
     brought = plugins.digests()
     header = {
@@ -126,7 +134,9 @@ def prepare(request: Request, *, is_dry: bool = False) -> Job:
         "sweep": wanted.to_json(),
         "plan": [item.to_json() for item in planned],
     } | ({"impl_files": brought} if brought else {})
-    path = None if request.verb == "check" else request.output or default_folder(found.machine.name)
+    path = request.output
+    if path is None and request.verb != "check":
+        path = default_folder(found.machine.name)
     return Job(
         verb=request.verb,
         path=path,
@@ -177,9 +187,7 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder}/run.json lacks {error} (run the sweep again)") from None
     _expect_same_files(folder, header)
-    here = probe(device, with_ceilings=False).header["machine"]["name"]
-    if here != machine:
-        raise UsageError(f"{folder} was measured on {machine}, this machine has {here} (use -o)")
+    _expect_same_machine(folder, machine, probe(device, with_ceilings=False).header)
     return Job(
         verb=header.get("verb", "run"),
         path=folder,
@@ -191,6 +199,19 @@ def prepare_resume(folder: Path, *, timeout: float | None) -> Job:
         options={key: options[key] for key in ("device", "effort") if key in options},
         lost={(r.case.key, r.replicate): r.lost_workers for r in run.records},
     )
+
+
+def expect_measured_here(folder: Path, job: Job) -> None:
+    """UsageError unless findings of this job belong to what this folder's run has measured."""
+    (run,) = read_finished([folder])
+    _expect_same_files(folder, run.header)
+    _expect_same_machine(folder, (run.header.get("machine") or {}).get("name"), job.header)
+
+
+def _expect_same_machine(folder: Path, name: object, header: Mapping[str, Any]) -> None:
+    here = header["machine"]["name"]
+    if here != name:
+        raise UsageError(f"{folder} was measured on {name}, this machine has {here} (use -o)")
 
 
 def _expect_same_files(folder: Path, header: Mapping[str, Any]) -> None:

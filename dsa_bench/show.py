@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsa_bench.conformance import Finding
 from dsa_bench.cost import SUSTAINED_PREFIX
+from dsa_bench.finding import Finding
 from dsa_bench.record import RANDOM_INPUTS, Case, KernelTime, Record, StageTime
 from dsa_bench.reports.units import (
     format_bandwidth,
@@ -251,17 +251,6 @@ def inventory_tables(found: Mapping[str, Any]) -> tuple[TextTable, ...]:
     )
 
 
-def hostile_findings(job: Any, *, everything: bool) -> list[Finding]:
-    """Implementations of the files in use, or of all planned cases, over hostile inputs."""
-    from dsa_bench import conformance, registry
-
-    wanted = {op: set(names) for op, names in registry.brought_by_files().items()}
-    for item in job.planned if everything else ():
-        if isinstance(item.case.impl, str) and item.case.op in registry.operators():
-            wanted.setdefault(item.case.op, set()).add(item.case.impl)
-    return conformance.examine({op: sorted(names) for op, names in wanted.items()}, job.device)
-
-
 def findings_table(found: Sequence[Finding]) -> TextTable:
     """One row for each implementation and hostile input."""
     return TextTable(
@@ -269,6 +258,12 @@ def findings_table(found: Sequence[Finding]) -> TextTable:
         head=("operator", "implementation", "input", "verdict", "reason"),
         rows=tuple((f.op, f.impl, f.name, f.verdict, f.reason) for f in found),
     )
+
+
+def examined(found: Sequence[Finding]) -> str:
+    """How one implementation did: `hostile inputs: topk torch fails 4 of 22`."""
+    bad = sum(finding.is_bad for finding in found)
+    return f"hostile inputs: {found[0].op} {found[0].impl} fails {bad or 'none'} of {len(found)}"
 
 
 def _library(row: Mapping[str, Any]) -> str:

@@ -9,6 +9,9 @@ A line ends in the field `crc32`: `{...,"crc32":"0a1b2c3d"}` and a newline. It i
 of zlib) of the bytes of the line without this field, that is of `{...}`, in eight lower-case hex
 digits. Lines of older versions have none.
 
+A folder may hold `findings.jsonl` too: what implementations did on hostile inputs, a line for each
+input, sealed in the same way. It is replaced as a whole, so it never is torn.
+
 Folders come from others too, so what they hold is bounded and checked before it is believed (see
 `untrusted`).
 """
@@ -20,11 +23,12 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsa_bench.finding import Finding
 from dsa_bench.operator import UsageError
 from dsa_bench.record import CHECKSUM, RUN_SCHEMA, Case, Record, SchemaError, check_schema
 from dsa_bench.untrusted import (
@@ -43,6 +47,7 @@ HEADER = "run.json"
 UNFINISHED = f".{HEADER}"
 """A header that is being written."""
 RECORDS = "records.jsonl"
+FINDINGS = "findings.jsonl"
 # statuses that a resume leaves alone; the others may end differently another time
 ENDED = frozenset({"ok", "wrong", "skipped"})
 LOST_WORKERS_LIMIT = 2
@@ -52,6 +57,8 @@ MAX_HEADER_BYTES = 16 * MIB
 MAX_RECORDS_BYTES = 512 * MIB
 MAX_LINE_BYTES = 8 * MIB
 MAX_RECORDS = 1_000_000
+MAX_FINDINGS_BYTES = 64 * MIB
+MAX_FINDINGS = 100_000
 MAX_MACHINE_NAME = 100
 _CHECKSUM_FIELD = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\Z')
 # what reports and a resume read of the header, beside the plan
@@ -69,6 +76,8 @@ class Run:
     """One for each case and replicate, in the order in which they first ended."""
     torn: bool = False
     """The last line was cut off by a crash; it is not among the records."""
+    findings: tuple[Finding, ...] = ()
+    """On hostile inputs; empty where nobody asked for them."""
 
     @property
     def ended(self) -> frozenset[tuple[str, int]]:
@@ -153,12 +162,7 @@ def create_run(path: Path, header: Mapping[str, Any]) -> None:
     if len(content) > MAX_HEADER_BYTES:
         raise UsageError("the plan of this sweep is too large to be kept (split the sweep)")
     path.mkdir(parents=True, exist_ok=True)
-    temporary = path / UNFINISHED
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path / HEADER)
+    _replace(path / HEADER, path / UNFINISHED, content.encode())
     (path / RECORDS).touch()
 
 
@@ -195,7 +199,65 @@ def read_run(path: Path) -> Run:
     for n, line in enumerate(lines, start=1):
         record = _read_record(f"{path / RECORDS}:{n}", line)
         records[record.case.key, record.replicate] = record
-    return Run(path=path, header=header, records=tuple(records.values()), torn=torn)
+    return Run(
+        path=path,
+        header=header,
+        records=tuple(records.values()),
+        torn=torn,
+        findings=read_findings(path),
+    )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was begun in this folder."""
+    return os.path.lexists(path / HEADER)
+
+
+def read_findings(path: Path) -> tuple[Finding, ...]:
+    """What the folder says of hostile inputs, each input of an implementation once.
+
+    UsageError where a line isn't one that dsa-bench wrote.
+    """
+    file = path / FINDINGS
+    if not os.path.lexists(file):
+        return ()
+    *lines, rest = _read(file, MAX_FINDINGS_BYTES).split(b"\n")
+    advice = f"(delete this file, then dsa-bench check --hostile -o {path})"
+    if rest:
+        raise UsageError(f"{file} breaks off in its last line {advice}")
+    if len(lines) > MAX_FINDINGS:
+        raise UsageError(f"{file} has more than {MAX_FINDINGS} lines (is this a dsa-bench run?)")
+    found: dict[tuple[str, str, str], Finding] = {}
+    for n, line in enumerate(lines, start=1):
+        try:
+            finding = _finding(line)
+        except SchemaError as error:
+            raise UsageError(f"{file}:{n}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{file}:{n}: isn't a finding: {error} {advice}") from None
+        found[finding.op, finding.impl, finding.name] = finding
+    return tuple(found.values())
+
+
+def save_findings(path: Path, found: Sequence[Finding]) -> None:
+    """Keep these findings in the folder, in place of all others on the same implementations.
+
+    A process that is killed meanwhile leaves the file as it was or as it should be.
+    """
+    again = {(finding.op, finding.impl) for finding in found}
+    with open_writer(path):
+        others = [f for f in read_findings(path) if (f.op, f.impl) not in again]
+        lines = (line_of(finding.to_json()) + b"\n" for finding in (*others, *found))
+        _replace(path / FINDINGS, path / f".{FINDINGS}", b"".join(lines))
+
+
+def _replace(file: Path, unfinished: Path, content: bytes) -> None:
+    """Write the file under another name first, so that it is never there in part."""
+    with unfinished.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    unfinished.replace(file)
 
 
 def read_lines(path: Path) -> tuple[tuple[Line, ...], bool]:
@@ -306,6 +368,15 @@ def _record(line: bytes) -> Record:
     if isinstance(data, dict) and CHECKSUM in data:
         _expect_checksum(line)
     return Record.from_json(data)
+
+
+def _finding(line: bytes) -> Finding:
+    """The finding of a line; ValueError where it is none, or not as it was written."""
+    if len(line) > MAX_LINE_BYTES:
+        raise Refused(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB")
+    data = parse(line)
+    _expect_checksum(line)
+    return Finding.from_json(data)
 
 
 def _expect_checksum(line: bytes) -> None:

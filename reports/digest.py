@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -9,6 +10,9 @@ from dsa_bench import doubt
 from dsa_bench.doubt import SEVERITIES
 from dsa_bench.record import STATUSES
 from dsa_bench.reports import crossover, frame, metrics, spent, switch
+
+if TYPE_CHECKING:
+    from dsa_bench.finding import Finding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,8 @@ class Digest:
     """A sentence or a few for each run."""
     time_spent: tuple[str, ...]
     """For each run where its wall time went; empty where that was not recorded."""
+    findings: "tuple[tuple[Finding, ...], ...]"
+    """For each run what its implementations did on hostile inputs."""
 
     @property
     def status_counts(self) -> dict[str, int]:
@@ -79,4 +85,6 @@ def digest(runs: Sequence[frame.Run]) -> Digest:
             for label in labels
         ),
         time_spent=tuple(spent.sentence(run) for run in runs),
+        # a run that was made up for a report need not know of them
+        findings=tuple(tuple(run.findings) for run in runs),
     )

@@ -59,6 +59,10 @@ class Run(Protocol):
     def header(self) -> Mapping[str, Any]: ...
     @property
     def records(self) -> Sequence[Record]: ...
+    @property
+    def findings(self) -> Sequence[Any]:
+        """What implementations did on hostile inputs: dsa_bench.finding.Finding."""
+        ...
 
 
 def cases(runs: Sequence[Run]) -> pd.DataFrame:

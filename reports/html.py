@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from dsa_bench import __version__, doubt
 from dsa_bench.contest import CONTESTS
-from dsa_bench.reports import crossover, frame, naming, tables, units, vega
+from dsa_bench.reports import crossover, frame, hostile, naming, tables, units, vega
 from dsa_bench.reports.chart import PALETTE, Figure, color
 from dsa_bench.reports.details import MEASURED_TITLES, details, strip
 from dsa_bench.reports.digest import Digest, digest
@@ -128,9 +128,11 @@ def page(report: Digest) -> str:
         ),
         report=report,
         tiles=_tiles(report),
-        spent=tables.time_spent(report),
+        spent=[*tables.time_spent(report), *hostile.sentences(report)],
         doubts=tables.doubt_notes(report.cases),
         sheets=tables.sheets(report),
+        hostile=hostile.parts(report),
+        hostile_meaning=hostile.MEANING,
         groups=_groups(drawn),
         static={f.name: _static(specs[f.name]) for f in drawn[:NUM_STATIC] if f.is_lead},
         table=_table(report),

@@ -2,17 +2,18 @@
 
 A place is taken among the trusted times of one shape, mode and run. Two whose intervals of the
 median overlap are level: the order between them says nothing. What has no time stands behind, with
-how it ended.
+how it ended. An implementation that fails on hostile inputs keeps its place, with a mark.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
-from dsa_bench.reports import frame, units
+from dsa_bench.reports import frame, hostile, units
 from dsa_bench.reports.digest import Digest
 from dsa_bench.reports.naming import impl_text
 from dsa_bench.reports.sheet import Sheet
@@ -38,6 +39,12 @@ class Place:
     low: float
     high: float
     floor_share: float | None
+    flaw: str = ""
+    """`fails 4 of 22 hostile inputs`; empty where it fails on none, or none were tried."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.impl}{hostile.MARK if self.flaw else ''}"
 
     def is_level(self, other: "Place") -> bool:
         """The 95 % intervals of the two medians overlap."""
@@ -62,8 +69,13 @@ class Ranking:
         return tuple(p.impl for p in self.places if p.is_level(self.places[0]))
 
 
-def rankings(cases: pd.DataFrame) -> tuple[Ranking, ...]:
-    """Every shape at which two or more implementations have a trusted time."""
+def rankings(
+    cases: pd.DataFrame, flaws: Mapping[tuple[int, str], str] = MappingProxyType({})
+) -> tuple[Ranking, ...]:
+    """Every shape at which two or more implementations have a trusted time.
+
+    `flaws` says of (run, key of a case) how it fails on hostile inputs.
+    """
     table = cases.assign(trusted=frame.trusted(cases))
     found = []
     for _, group in table.groupby(list(SHAPE), sort=False, dropna=False):
@@ -75,14 +87,17 @@ def rankings(cases: pd.DataFrame) -> tuple[Ranking, ...]:
             Ranking(
                 op=str(group["op"].iloc[0]),
                 row=frame.rows(group)[0],
-                places=tuple(_place(row) for row in frame.rows(timed)),
+                places=tuple(
+                    _place(row, flaws.get((row["run"], row["key"]), ""))
+                    for row in frame.rows(timed)
+                ),
                 others=tuple(_ending(row) for row in frame.rows(rest)),
             )
         )
     return tuple(found)
 
 
-def _place(row: Mapping[str, Any]) -> Place:
+def _place(row: Mapping[str, Any], flaw: str) -> Place:
     seconds = float(row["seconds"])
     low, high = (row["seconds_low"], row["seconds_high"])
     share = row["floor_share"]
@@ -92,6 +107,7 @@ def _place(row: Mapping[str, Any]) -> Place:
         low=seconds if pd.isna(low) else float(low),
         high=seconds if pd.isna(high) else float(high),
         floor_share=None if pd.isna(share) else float(share),
+        flaw=flaw,
     )
 
 
@@ -101,14 +117,14 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 
 def standings(found: tuple[Ranking, ...]) -> dict[str, tuple[int, int, float]]:
-    """impl -> (shapes at which it leads, shapes at which it has a time, geometric mean of its time
-    over that of the fastest there), the best mean first."""
+    """impl, with its mark -> (shapes at which it leads, shapes at which it has a time, geometric
+    mean of its time over that of the fastest there), the best mean first."""
     ratios: dict[str, list[float]] = {}
     led: dict[str, int] = {}
     for ranking in found:
         for place in ranking.places:
-            ratios.setdefault(place.impl, []).append(place.seconds / ranking.places[0].seconds)
-            led[place.impl] = led.get(place.impl, 0) + (place.impl in ranking.leaders)
+            ratios.setdefault(place.name, []).append(place.seconds / ranking.places[0].seconds)
+            led[place.name] = led.get(place.name, 0) + (place.impl in ranking.leaders)
     means = {impl: math.exp(sum(map(math.log, r)) / len(r)) for impl, r in ratios.items()}
     return {
         impl: (led[impl], len(ratios[impl]), means[impl])
@@ -118,7 +134,7 @@ def standings(found: tuple[Ranking, ...]) -> dict[str, tuple[int, int, float]]:
 
 def sheets(report: Digest) -> list[Sheet]:
     """One leaderboard an operator."""
-    found = rankings(report.cases)
+    found = rankings(report.cases, hostile.flaws(report))
     ops = dict.fromkeys(ranking.op for ranking in found)
     return [_sheet(op, tuple(r for r in found if r.op == op)) for op in ops]
 
@@ -135,9 +151,16 @@ def _sheet(op: str, found: tuple[Ranking, ...]) -> Sheet:
         notes=(
             _note(found),
             "behind the first: its time over the fastest; ≈: the intervals of the two overlap",
+            *_flaw_notes(found),
         ),
         num_names=len(names),
     )
+
+
+def _flaw_notes(found: tuple[Ranking, ...]) -> list[str]:
+    """What each mark stands for, once."""
+    flawed = [place for ranking in found for place in ranking.places if place.flaw]
+    return list(dict.fromkeys(f"{hostile.MARK} {p.impl}: {p.flaw}" for p in flawed))
 
 
 def _differs(found: tuple[Ranking, ...], name: str) -> bool:
@@ -166,9 +189,9 @@ def _place_text(ranking: Ranking, place: Place) -> str:
             if place.floor_share is None
             else f", {units.format_share(place.floor_share)} of floor"
         )
-        return f"{place.impl} {units.format_seconds(place.seconds)}{share}"
+        return f"{place.name} {units.format_seconds(place.seconds)}{share}"
     level = "≈" if place.is_level(first) else ""
-    return f"{place.impl} {level}{units.format_ratio(place.seconds / first.seconds)}"
+    return f"{place.name} {level}{units.format_ratio(place.seconds / first.seconds)}"
 
 
 def _note(found: tuple[Ranking, ...]) -> str:

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sheet:
-    """Rows of text under a title; the columns behind the first `num_names` hold numbers."""
+    """Rows of text under a title; columns between names and remarks hold numbers."""
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     num_names: int = 1
+    """Columns of text that the rows begin with."""
+    num_remarks: int = 0
+    """Columns of text that they end with."""
+
+    @property
+    def numbers(self) -> range:
+        """Places of the columns that hold numbers."""
+        return range(self.num_names, len(self.head) - self.num_remarks)

@@ -15,7 +15,7 @@ import pandas as pd
 from dsa_bench import doubt
 from dsa_bench.contest import LAYER
 from dsa_bench.record import AUTO_MODE
-from dsa_bench.reports import budget, estimate_view, frame, leaderboard, naming, units
+from dsa_bench.reports import budget, estimate_view, frame, hostile, leaderboard, naming, units
 from dsa_bench.reports.digest import Digest, digest, flags_of
 from dsa_bench.reports.lines import PHASE_RANKS
 from dsa_bench.reports.sheet import Sheet
@@ -254,7 +254,7 @@ def markdown(report: Digest) -> str:
     """Headlines, one table a phase, and what the columns mean."""
     parts = ["# dsa-bench report"]
     parts += [f"**{escape_markdown(line)}**" for line in report.headlines]
-    parts += [escape_markdown(line) for line in time_spent(report)]
+    parts += [escape_markdown(line) for line in (*time_spent(report), *hostile.sentences(report))]
     names = [column.name for column in COLUMNS if column.name != "phase"]
     for table in phase_tables(report, names):
         parts.append(f"## {escape_markdown(table.title)}")
@@ -262,8 +262,11 @@ def markdown(report: Digest) -> str:
         # one paragraph, a line each
         parts += ["  \n".join(escape_markdown(note) for note in table.notes)] * bool(table.notes)
     for sheet in sheets(report):
-        parts += [f"## {escape_markdown(sheet.title)}", _markdown_sheet(sheet)]
-        parts.append("  \n".join(escape_markdown(note) for note in sheet.notes))
+        parts += _markdown_section("##", sheet)
+    found = hostile.parts(report)
+    parts += [f"## {hostile.TITLE}", hostile.MEANING] * bool(found)
+    for part in found:
+        parts += _markdown_section("###", part.sheet)
     parts.append(
         "L: 1K = 1024 tokens. time: median of one call of one layer. ±: half the 95 % interval of "
         "the median. "
@@ -309,8 +312,14 @@ def sheets(report: Digest) -> list[Sheet]:
     ]
 
 
+def _markdown_section(rank: str, sheet: Sheet) -> list[str]:
+    # notes are one paragraph, a line each
+    notes = ["  \n".join(escape_markdown(note) for note in sheet.notes)] * bool(sheet.notes)
+    return [f"{rank} {escape_markdown(sheet.title)}", _markdown_sheet(sheet), *notes]
+
+
 def _markdown_sheet(sheet: Sheet) -> str:
-    rule = ["---"] * sheet.num_names + ["---:"] * (len(sheet.head) - sheet.num_names)
+    rule = ["---:" if place in sheet.numbers else "---" for place in range(len(sheet.head))]
     body = [[escape_markdown(text) for text in row] for row in (sheet.head, *sheet.rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [body[0], rule, *body[1:]])
 

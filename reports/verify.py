@@ -42,6 +42,10 @@ class Contents:
     """Of report.csv; None: there is none."""
     markdown: str | None = None
     """Of report.md."""
+    num_findings: int | None = None
+    """Lines of findings.jsonl; None: there is none."""
+    findings_fault: str = ""
+    """Why findings.jsonl can't be read."""
 
     @property
     def protocol(self) -> int:
@@ -89,6 +93,7 @@ def verify(contents: Contents) -> tuple[Check, ...]:
         _figures(report, records, expected),
         _csv(contents, report, expected),
         _markdown(contents, expected),
+        *_findings(contents),
     )
 
 
@@ -342,3 +347,10 @@ def _markdown(contents: Contents, expected: Mapping[str, recompute.Row]) -> Chec
             " (write it anew with dsa-bench report --md)",
         )
     return Check(name="report.md", count=count, findings=findings)
+
+
+def _findings(contents: Contents) -> Iterator[Check]:
+    """Each line on a hostile input is as it was written; no question where there are none."""
+    if contents.num_findings is not None:
+        faults = (contents.findings_fault,) if contents.findings_fault else ()
+        yield Check(name="findings.jsonl", count=contents.num_findings, findings=faults)

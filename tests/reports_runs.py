@@ -64,6 +64,7 @@ class FakeRun:
     header: dict[str, Any]
     records: list[Record]
     torn: bool = False
+    findings: tuple[Any, ...] = ()
 
 
 @dataclass

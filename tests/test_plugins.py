@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_bench import conformance, machine, plugins, registry
+from dsa_bench import conformance, machine, plugins, registry, store
 from dsa_bench.cli import call
+from dsa_bench.kernels.hostile import MUTATIONS
 from dsa_bench.kernels.paging import unpack_mla_rows
 from dsa_bench.operator import Implementation, Machine, Unsupported, UsageError
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLE = DOCS / "examples" / "my_topk.py"
 COMMANDS = re.findall(r"^dsa-bench (.*)$", (DOCS / "implementations.md").read_text(), re.MULTILINE)
+KINDS = 1 + len(MUTATIONS["topk"])
+"""Of hostile inputs of topk, the random ones among them."""
 WRONG = """
 import torch
 from dsa_bench.kernels.topk import TopkOutputs
@@ -174,7 +177,7 @@ def test_the_example_passes_the_hostile_inputs_and_a_careless_one_does_not(tmp_p
     assert verdicts["careless", "random", "decode"] == "ok"
     assert verdicts["careless", "constant", "prefill"] == "wrong"
     assert verdicts["careless", "special", "decode"] == "wrong"
-    assert len(found) == 2 * 2 * 11
+    assert len(found) == 2 * 2 * KINDS
 
 
 def test_a_crash_is_a_finding_on_its_input_alone(tmp_path: Path, monkeypatch) -> None:
@@ -184,7 +187,7 @@ def test_a_crash_is_a_finding_on_its_input_alone(tmp_path: Path, monkeypatch) ->
     found = conformance.examine({"topk": ("careless",)}, "cpu")
     crashes = {f.name for f in found if "exit code 7" in f.reason and f.verdict == "raised"}
     assert crashes == {f"{phase} bf16 L=300 special" for phase in ("prefill", "decode")}
-    assert len(found) == 4 + 2 * 11
+    assert len(found) == 4 + 2 * KINDS
     monkeypatch.setattr(conformance, "TIMEOUT", 0.01)
     (finding,) = conformance.examine({"topk": ("careless",)}, "cpu")
     assert finding.is_bad and finding.reason == "no end within 0 s"
@@ -320,6 +323,26 @@ def test_a_run_measures_the_file_and_resume_wants_it_unchanged(tmp_path: Path, c
     assert f"was begun with --impl-file {mine}" in capsys.readouterr().err
     mine.write_text(mine.read_text() + "# changed\n")
     assert call(["run", "--resume", str(folder), "--impl-file", str(mine)]) == 2
+
+
+def test_a_report_says_which_file_fails_on_hostile_inputs(tmp_path: Path, capsys) -> None:
+    careless = written(tmp_path, "careless.py", WRONG)
+    small = ["--op", "topk", "--phase", "decode", "-L", "64", "-k", "16", "--device", "cpu"]
+    arguments = ["run", "--impl-file", str(careless), "--impl", "reference,careless", *small]
+    folder = tmp_path / "run"
+    assert call([*arguments, "--no-progress", "--hostile", "-o", str(folder)]) == 3
+    found = [f for f in store.read_run(folder).findings if f.impl == "careless"]
+    count, bad = len(found), sum(f.verdict == "wrong" for f in found)
+    assert count > bad > 20
+    sentence = f"hostile inputs: topk careless fails {bad} of {count}; the other fails none."
+    assert sentence in capsys.readouterr().out.splitlines()
+    markdown = (folder / "report.md").read_text()
+    assert sentence in markdown
+    assert f"| careless† | {count} | {count - bad} | {bad} | 0 | 0 | prefill" in markdown
+    assert f"| reference | {count} | {count} | 0 | 0 | 0 |" in markdown
+    assert f"topk careless fails {bad} of {count}" in (folder / "report.html").read_text()
+    assert call(["verify", str(folder)]) == 0
+    assert "findings.jsonl" in capsys.readouterr().out
 
 
 def test_use_refuses_what_is_no_file(tmp_path: Path) -> None:

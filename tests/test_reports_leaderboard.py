@@ -15,7 +15,7 @@ def row(impl: str, seconds: float | None, **fields: Any) -> dict[str, Any]:
     """A case of topk; its interval is 1 % either way."""
     timed = seconds is not None
     return {
-        "run": 0, "run_label": "a", "op": "topk", "impl": impl, "phase": "prefill",
+        "run": 0, "key": impl, "run_label": "a", "op": "topk", "impl": impl, "phase": "prefill",
         "seq_len_kv": 8192, "seq_len_q": 4096, "topk": 2048, "precision": "bf16", "batch_size": 1,
         "num_heads": 128, "tensor_parallel": 1, "inputs": "random", "weights": "", "preset": "v3.2",
         "seed": 0, "asked_mode": "auto", "status": "ok" if timed else "failed", "doubt": "",

@@ -4,16 +4,15 @@ typer and rich live here alone, and everything heavier is imported inside the co
 so that `--help` answers at once. Results go to stdout, progress and warnings to stderr.
 """
 
-import contextlib
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
+from dsa_bench.cli import session
 from dsa_bench.cli.compare import compare
 from dsa_bench.cli.exits import Exit
 from dsa_bench.cli.options import (
@@ -44,11 +43,6 @@ from dsa_bench.cli.options import (
 )
 from dsa_bench.cli.verify import verify
 from dsa_bench.operator import UsageError
-
-if TYPE_CHECKING:
-    from dsa_bench.job import Job, Request
-    from dsa_bench.runner import Progress
-    from dsa_bench.store import Run
 
 # the parser's errors derive from this class, which typer doesn't export
 PARSER_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -103,6 +97,10 @@ def run(
     effort: Effort = "quick",
     replicates: Replicates = 1,
     timeout: Timeout = None,
+    hostile: Annotated[
+        bool,
+        typer.Option("--hostile", help="Then examine what is ok over hostile inputs (minutes)."),
+    ] = False,
     output: Output = None,
     resume: Annotated[
         Path | None,
@@ -122,7 +120,7 @@ def run(
     from dsa_bench import job
     from dsa_bench.cli import terminal
 
-    request = _request("run", locals())
+    request = session.request("run", locals())
     if resume is not None:
         if request.overrides or sweep or output:
             raise UsageError("--resume takes its cases from the folder (leave the selection out)")
@@ -133,8 +131,11 @@ def run(
     if plan:
         terminal.print_plan(ready, as_json)
         return Exit.OK
-    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
-    return _finish(result, finished, as_json=as_json)
+    hostile |= ready.is_hostile
+    result, finished = session.execute(ready, as_json=as_json, no_progress=no_progress)
+    if finished and hostile:
+        result, finished = session.examine_run(result, ready.device, as_json=as_json)
+    return session.finish(result, finished, as_json=as_json, hostile=hostile)
 
 
 @app.command()
@@ -165,14 +166,14 @@ def profile(
     from dsa_bench import job
     from dsa_bench.cli import terminal
 
-    ready = job.prepare(_request("profile", locals()))
-    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
+    ready = job.prepare(session.request("profile", locals()))
+    result, finished = session.execute(ready, as_json=as_json, no_progress=no_progress)
     if not as_json:
         from dsa_bench import show
 
         for record in result.records:
             terminal.draw(*show.profile(record, result.path / job.TRACES))
-    return _exit_code(result, finished)
+    return session.exit_code(result, finished)
 
 
 @app.command()
@@ -199,24 +200,45 @@ def check(
         bool,
         typer.Option("--hostile", help="Hostile inputs too (those of an --impl-file always)."),
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            show_default=False,
+            help="Keep the findings: in this run, or in a run folder of their own.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     no_progress: NoProgress = False,
 ) -> Exit:
     """Compare every implementation with the reference; no times."""
-    from dsa_bench import job, show
+    from dsa_bench import examination, job, show
     from dsa_bench.cli import terminal
+    from dsa_bench.store import is_run
 
-    ready = job.prepare(_request("check", locals()))
-    result, finished = _execute(ready, as_json=as_json, no_progress=no_progress)
+    is_examined = hostile or bool(impl_file)
+    is_added = output is not None and is_run(output)
+    given = locals() | ({"output": None} if is_added else {})
+    if is_added and not is_examined:
+        raise UsageError(f"{output} is a run: only findings can join it (pass --hostile)")
+    ready = job.prepare(session.request("check", given))
+    if output is not None and is_added:
+        job.expect_measured_here(output, ready)
+    result, finished = session.execute(ready, as_json=as_json, no_progress=no_progress)
     if not as_json:
         terminal.draw(show.checks(result.records))
-    code = _exit_code(result, finished)
-    if code == Exit.INTERRUPTED or not (hostile or impl_file):
+    code = session.exit_code(result, finished)
+    if code == Exit.INTERRUPTED or not is_examined:
         return code
-    found = show.hostile_findings(ready, everything=hostile)
-    hostile_rows = {"hostile": [asdict(f) for f in found]}
-    terminal.print_tables(hostile_rows, (show.findings_table(found),), as_json)
-    return Exit.FAILED if any(f.is_bad for f in found) else code
+    pairs = examination.selected(ready, everything=hostile)
+    found, finished = session.examine(pairs, ready.device, folder=output, as_json=as_json)
+    if not as_json:
+        terminal.draw(show.findings_table(found))
+    if not finished:
+        return Exit.INTERRUPTED
+    return Exit.FAILED if any(finding.is_bad for finding in found) else code
 
 
 @app.command()
@@ -325,28 +347,6 @@ def _say(sentence: str) -> int:
     return Exit.USAGE
 
 
-def _request(verb: str, given: Mapping[str, Any]) -> "Request":
-    """What was asked for, from the parameters of a command."""
-    from dsa_bench.job import Request
-    from dsa_bench.sweep import FLAGS
-
-    overrides = {key: given[key] for key in FLAGS if given.get(key) is not None}
-    rest = {
-        key: given[key]
-        for key in ("effort", "replicates", "output", "gpu_hour_usd")
-        if key in given
-    }
-    return Request(
-        verb=verb,
-        sweep=given["sweep"],
-        overrides=overrides,
-        argv=tuple(sys.argv[1:]),
-        device=given["device"],
-        timeout=given["timeout"],
-        **rest,
-    )
-
-
 def _refuse_given(context: typer.Context, *names: str) -> None:
     """UsageError for an option that the run was begun with; an environment variable may stand."""
     for name in names:
@@ -354,49 +354,3 @@ def _refuse_given(context: typer.Context, *names: str) -> None:
         if source is not None and source.name == "COMMANDLINE":
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"--resume takes {flag} from the folder (leave {flag} out)")
-
-
-def _execute(ready: "Job", *, as_json: bool, no_progress: bool) -> "tuple[Run, bool]":
-    from dsa_bench import job
-    from dsa_bench.cli import terminal
-
-    if ready.busy:
-        print(f"dsa-bench: {ready.busy}; times will be noisy", file=sys.stderr)
-    with terminal.progress(
-        ready.planned, num_endings=ready.num_endings, is_live=not no_progress
-    ) as show:
-
-        def tell(progress: "Progress") -> None:
-            if as_json and progress.record is not None:
-                print(json.dumps(progress.record.to_json()), flush=True)
-            show(progress)
-
-        return job.execute(ready, tell)
-
-
-def _exit_code(result: "Run", finished: bool) -> Exit:
-    if not finished:
-        return Exit.INTERRUPTED
-    fine = all(record.status in ("ok", "skipped") for record in result.records)
-    return Exit.OK if fine else Exit.FAILED
-
-
-def _finish(result: "Run", finished: bool, *, as_json: bool) -> Exit:
-    """Write and print the report of a run that has ended."""
-    from dsa_bench import job
-    from dsa_bench.cli import terminal
-
-    failures = job.write_all_reports(result)
-    for form, reason in failures.items():
-        text = f"the {form} report failed: {reason} (the records in {result.path} are safe)"
-        print(f"dsa-bench: {text}", file=sys.stderr)
-    if not as_json:
-        with contextlib.suppress(*[Exception] if failures else []):
-            terminal.print_report([result])
-    page = result.path / job.REPORTS["html"]
-    print(page if "html" not in failures else result.path, file=sys.stderr if as_json else None)
-    if not finished:
-        print(
-            f"dsa-bench: stopped; go on with dsa-bench run --resume {result.path}", file=sys.stderr
-        )
-    return _exit_code(result, finished)

@@ -9,6 +9,6 @@ class Exit(IntEnum):
     OK = 0
     USAGE = 2
     FAILED = 3
-    """Some case failed, was wrong, did not fit, or took too long."""
+    """Some case failed, was wrong, did not fit, took too long, or fails on a hostile input."""
     REGRESSION = 4
     INTERRUPTED = 130

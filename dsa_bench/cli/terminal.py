@@ -28,7 +28,7 @@ SPARE = ("traffic", "FLOP rate", "peak memory", "status", "±", "$/M tokens", "m
 
 def print_report(runs: Sequence[Run]) -> None:
     """The tables of some runs and their headline sentences."""
-    from dsa_bench.reports import leaderboard
+    from dsa_bench.reports import hostile, leaderboard
     from dsa_bench.reports.digest import digest
     from dsa_bench.reports.tables import TERMINAL_COLUMNS, phase_tables, time_spent
 
@@ -57,7 +57,7 @@ def print_report(runs: Sequence[Run]) -> None:
                 spare=tuple(sorted(places, reverse=True)),
             )
         )
-    for sentence in (*found.headlines, *time_spent(found)):
+    for sentence in (*found.headlines, *time_spent(found), *hostile.sentences(found)):
         print(sentence)
 
 

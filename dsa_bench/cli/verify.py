@@ -45,6 +45,7 @@ def read(path: Path) -> "Contents":
 
     header = store.read_header(path)
     lines, torn = store.read_lines(path)
+    count, fault = _findings(path)
     return Contents(
         path=path,
         header=header,
@@ -52,7 +53,21 @@ def read(path: Path) -> "Contents":
         torn=torn,
         csv_text=_text(path / "report.csv"),
         markdown=_text(path / "report.md"),
+        num_findings=count,
+        findings_fault=fault,
     )
+
+
+def _findings(path: Path) -> tuple[int | None, str]:
+    """(findings on hostile inputs, what is wrong with their file); None where there is no file."""
+    from dsa_bench import store
+
+    if not os.path.lexists(path / store.FINDINGS):
+        return None, ""
+    try:
+        return len(store.read_findings(path)), ""
+    except UsageError as error:
+        return 0, str(error)
 
 
 def _text(file: Path) -> str | None:
