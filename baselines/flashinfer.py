@@ -38,7 +38,7 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
-from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape
+from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape, refuse_options
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
@@ -195,6 +195,7 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
 
 @torch.no_grad()
 def topk(inputs: TopkInputs, /) -> TopkOutputs:
+    refuse_options(inputs, "flashinfer's top-k")
     return TopkOutputs(
         load().top_k_ragged_transform(
             inputs.index_logits.contiguous(),
@@ -225,7 +226,10 @@ def _supports_dense(shape: DenseAttentionShape, machine: Machine) -> str | None:
 
 
 def _supports_topk(shape: TopkShape, machine: Machine) -> str | None:
-    return _needs_hopper(machine) or LIBRARY.obstacle()
+    reason = _needs_hopper(machine)
+    if reason is None and shape.logits != "fp32":
+        reason = f"flashinfer's top-k is called here with fp32 logits, this case has {shape.logits}"
+    return reason or LIBRARY.obstacle()
 
 
 IMPLEMENTATIONS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape
+from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape, refuse_options
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
@@ -52,6 +52,7 @@ LIBRARY = Library(
 
 @torch.no_grad()
 def run(inputs: TopkInputs, /) -> TopkOutputs:
+    refuse_options(inputs, "sglang's top-k")
     logits = inputs.index_logits
     # a range that is turned round is empty here, and a wild read there
     lengths = torch.maximum(inputs.kv_end, inputs.kv_start) - inputs.kv_start
@@ -65,6 +66,8 @@ def supports(shape: TopkShape, machine: Machine) -> str | None:
         return "sglang's top-k, as this loads it, needs a Hopper GPU (compute capability 9.0)"
     if shape.topk != TOPK:
         return f"sglang's top-k takes topk {TOPK} only, this case has {shape.topk}"
+    if shape.logits != "fp32":
+        return f"sglang's top-k takes fp32 logits, this case has {shape.logits}"
     return LIBRARY.obstacle()
 
 

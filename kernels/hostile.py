@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsa_bench.kernels.hostile_rows import ROWS
+
 NAN, INF = float("nan"), float("inf")
 LEAST = -(2**31)
 INVALID_INDICES = (LEAST, -123456, -1, 2147480000, 2**31 - 1)
@@ -238,6 +240,11 @@ def indexer_silent(inputs: Any) -> Any:
     return dataclasses.replace(inputs, index_q=index_q.to(dtype), index_k=index_k.to(dtype))
 
 
+def _scores(mutate: Mutation) -> Mutation:
+    """Of the indexer, for indexer and top-k in one."""
+    return lambda inputs: dataclasses.replace(inputs, scores=mutate(inputs.scores))
+
+
 def paged_indexer_ragged(inputs: Any) -> Any:
     """Lengths that differ by query, some 0; wild pages behind the last, NaN in unread keys."""
     lens, table = inputs.seq_lens, inputs.block_table.clone()
@@ -262,31 +269,9 @@ def page_slots_wild(inputs: Any) -> Any:
     )
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    bits = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) % 7 + 0x3F800000
-    return bits.view(torch.float32).expand_as(x).contiguous()
-
-
-def _special(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[:, ::3] = NAN
-    x[1 % len(x)] = NAN
-    x[2 % len(x), x.shape[1] // 9 :] = -INF
-    x[3 % len(x), : x.shape[1] // 5] = INF
-    return x
-
-
 TOPK_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ties": lambda x: (x * 4).round() / 4,
-    "signed-zeros": lambda x: torch.where(x > 1.5, x, torch.where(x > 0, 0.0, -0.0)),
-    "constant": torch.ones_like,
-    "two-valued": lambda x: (x > 0).float(),
-    "special": _special,
-    "ascending": lambda x: x.sort(1).values.contiguous(),
-    "descending": lambda x: x.sort(1, descending=True).values.contiguous(),
-    "adjacent": _adjacent,
+    **ROWS,
     "odd-stride": lambda x: _inside_larger(x, 1, 3),
-    "tiny": lambda x: x * 1e-42,
 }
 
 
@@ -305,6 +290,11 @@ def topk_rows(kind: str) -> Mutation:
         return dataclasses.replace(inputs, index_logits=logits, kv_start=start, kv_end=end)
 
     return mutate
+
+
+def topk_sorted(inputs: Any) -> Any:
+    """Rows full of ties, their columns wanted in ascending order."""
+    return dataclasses.replace(topk_rows("ties")(inputs), sorted_indices=True)
 
 
 def linear_uneven(inputs: Any) -> Any:
@@ -375,9 +365,10 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
     "sparse_prefill_fp8": {"wild": sparse_prefill_fp8_wild, "sharp": sparse_prefill_fp8_sharp},
     "sparse_decode": {"wild": sparse_decode_wild},
     "indexer": {"ragged": indexer_ragged, "silent": indexer_silent},
+    "indexer_topk": {"ragged": _scores(indexer_ragged), "silent": _scores(indexer_silent)},
     "paged_indexer": {"ragged": paged_indexer_ragged},
     "page_slots": {"wild": page_slots_wild},
-    "topk": {kind: topk_rows(kind) for kind in TOPK_ROWS},
+    "topk": {kind: topk_rows(kind) for kind in TOPK_ROWS} | {"sorted": topk_sorted},
 }
 
 SPARSE_SINGLE: dict[str, Mutation] = {

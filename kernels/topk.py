@@ -4,15 +4,17 @@
                          index_logits[i, kv_start[i]:kv_end[i]]
 
 Shapes:
-    index_logits  [num_rows, num_cols]  fp32   any row stride
+    index_logits  [num_rows, num_cols]  fp32   any row stride; or bf16
     kv_start      [num_rows]            int32  first valid column
     kv_end        [num_rows]            int32  one past the last valid column
-    topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), unsorted;
-                                               -1 = none
+    topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), -1 = none;
+                                               unsorted, or ascending if sorted_indices
 
 Conventions: a row with fewer than topk valid columns lists them all, then -1; an empty row is all
--1. Which of several equal values at the boundary is taken is undefined. -0 equals +0; NaN counts as
--inf; -inf inside the range is a valid, smallest value. What is outside is never looked at.
+-1. Which of several equal values at the boundary is taken is undefined, except where an
+implementation says that it takes the lowest columns, as the reference does: then the set depends on
+nothing but the values. -0 equals +0; NaN counts as -inf; -inf inside the range is a valid, smallest
+value. What is outside is never looked at.
 
 Source: the contract that vLLM, SGLang and Megatron use; TileLang's selector differs (it leaves the
 tail at 0).
@@ -30,6 +32,8 @@ from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
 
+LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TopkShape:
@@ -39,10 +43,18 @@ class TopkShape:
     num_cols: int
     topk: int
     valid: int
+    logits: str = "fp32"
+    """Their type: fp32 or bf16."""
 
     def __post_init__(self) -> None:
         if self.topk > self.num_cols:
             raise Unsupported(f"topk {self.topk} is more than the {self.num_cols} keys there are")
+        if self.logits not in LOGITS:
+            raise Unsupported(f"logits are {' or '.join(LOGITS)}, not {self.logits}")
+
+    @property
+    def logit_bytes(self) -> int:
+        return LOGITS[self.logits].itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class TopkInputs:
     kv_start: Tensor
     kv_end: Tensor
     topk: int
+    sorted_indices: bool = False
+    """Each row's columns ascend."""
 
 
 class TopkOutputs(NamedTuple):
@@ -61,6 +75,7 @@ def make_inputs(shape: TopkShape, *, seed: int, device: torch.device | str) -> T
     """Gaussian logits; rows are valid as in a causal chunk, or wholly if `valid` says so."""
     g = torch.Generator(device=device).manual_seed(seed)
     logits = torch.randn(shape.num_rows, shape.num_cols, generator=g, device=device)
+    logits = logits.to(LOGITS[shape.logits])
     if shape.valid == shape.num_rows * shape.num_cols:
         kv_end = torch.full((shape.num_rows,), shape.num_cols, dtype=torch.int32, device=device)
         return TopkInputs(logits, torch.zeros_like(kv_end), kv_end, shape.topk)
@@ -79,13 +94,33 @@ def valid_logits(inputs: TopkInputs, rows: Tensor | None = None) -> tuple[Tensor
 
 
 def reference(inputs: TopkInputs, *, rows: Tensor | None = None) -> TopkOutputs:
-    """torch.topk of the logits as ordered integers, among which what lies outside comes last."""
+    """torch.topk of integers: the logit's order, then the lowest column; what lies outside of the
+    range comes last."""
     logits, inside = valid_logits(inputs, rows)
-    order = torch.where(inside, ordered_bits(logits), torch.iinfo(torch.int32).min)
-    columns = order.topk(min(inputs.topk, order.shape[1]), dim=1).indices
-    chosen = torch.where(inside.gather(1, columns), columns, -1).to(torch.int32)
+    order = torch.where(inside, ordered_bits(logits), torch.iinfo(torch.int32).min).long()
+    columns = torch.arange(order.shape[1], device=order.device)
+    unique = (order << 32) + (torch.iinfo(torch.int32).max - columns)
+    best = unique.topk(min(inputs.topk, order.shape[1]), dim=1).indices
+    chosen = torch.where(inside.gather(1, best), best, -1).to(torch.int32)
     unused = inputs.topk - chosen.shape[1]
-    return TopkOutputs(torch.nn.functional.pad(chosen, (0, unused), value=-1))
+    chosen = torch.nn.functional.pad(chosen, (0, unused), value=-1)
+    return TopkOutputs(ascending(chosen) if inputs.sorted_indices else chosen)
+
+
+def ascending(indices: Tensor) -> Tensor:
+    """The columns of each row in ascending order, -1 behind them."""
+    behind = torch.iinfo(torch.int32).max
+    in_order = indices.masked_fill(indices < 0, behind).sort(1).values
+    return in_order.masked_fill_(in_order == behind, -1)
+
+
+def refuse_options(inputs: TopkInputs, name: str) -> None:
+    """For implementations that take fp32 logits alone and list columns in any order."""
+    if inputs.sorted_indices:
+        raise Unsupported(f"{name} does not sort its indices (sorted_indices)")
+    if inputs.index_logits.dtype != torch.float32:
+        kind = str(inputs.index_logits.dtype).removeprefix("torch.")
+        raise Unsupported(f"{name}, as it is called here, takes float32 logits, not {kind}")
 
 
 def ordered_bits(x: Tensor) -> Tensor:
@@ -97,7 +132,8 @@ def ordered_bits(x: Tensor) -> Tensor:
 def check(
     inputs: TopkInputs, outputs: TopkOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    """Selected values equal the k largest as a multiset; columns are unique and valid, -1 last."""
+    """Selected values equal the k largest as a multiset; columns are unique and valid, -1 last, and
+    ascend if they are to."""
     actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
     num_rows = inputs.kv_start.shape[0] if rows is None else len(rows)
     if actual.shape != (num_rows, inputs.topk):
@@ -122,6 +158,9 @@ def check(
         "repeated": float(repeated),
         "wrong_values": float(wrong_values),
     }
+    if inputs.sorted_indices:
+        descents = used[:, 1:] & (actual[:, 1:] <= actual[:, :-1])
+        figures["descents"] = float(descents.sum().item())
     return (
         Check(
             name="topk_indices",
@@ -135,13 +174,15 @@ def check(
 def cost(shape: TopkShape) -> Cost:
     """No FLOP; each valid logit read once, the indices written once."""
     return Cost(
-        flops=0.0, bytes_read=4.0 * shape.valid, bytes_written=4.0 * shape.num_rows * shape.topk
+        flops=0.0,
+        bytes_read=float(shape.logit_bytes * shape.valid),
+        bytes_written=4.0 * shape.num_rows * shape.topk,
     )
 
 
 def memory(shape: TopkShape) -> Memory:
     return Memory(
-        input_bytes=4 * shape.num_rows * shape.num_cols + 8 * shape.num_rows,
+        input_bytes=shape.logit_bytes * shape.num_rows * shape.num_cols + 8 * shape.num_rows,
         output_bytes=4 * shape.num_rows * shape.topk,
     )
 

@@ -25,14 +25,12 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     NAN,
     TOPK_ROWS,
     Mutation,
-    _adjacent,
     _fill_nan,
     _inside_larger,
     _inside_wider,
     _ints,
     _is_listed,
     _sink,
-    _special,
     _spoil,
     head_linear_shared,
     head_linear_strided,
@@ -52,6 +50,7 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     sparse_prefill_strided,
     sparse_prefill_wild,
     topk_rows,
+    topk_sorted,
 )
 from dsa_bench.kernels.paging import HEAD_DIM_V, unpack_mla_rows
 from dsa_bench.operator import Implementation

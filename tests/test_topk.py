@@ -5,24 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsa_bench.kernels import topk_gluon
-from dsa_bench.kernels.topk import OPERATOR, TopkInputs, TopkOutputs, TopkShape
+from dsa_bench.kernels import candidate_list, row_topk, topk_gluon, topk_torch
+from dsa_bench.kernels.topk import OPERATOR, TopkInputs, TopkOutputs, TopkShape, refuse_options
 from dsa_bench.operator import Machine, Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
 from tests import hostile
 from tests.gluon_emulator import emulated_gluon
-from tests.gluon_emulator.asm import list_append, ticket_counter, word_read
 
 INF, NAN = float("inf"), float("nan")
 A100 = Machine(device="cuda", name="A100", capability=(8, 0), num_sms=108)
 CPU = Machine(device="cpu", name="a CPU")
-ATOMICS = {
-    "[a + 16260]": ticket_counter(4065),
-    "[a + 16264]": ticket_counter(4066),
-    "ld.volatile.shared": word_read(4064),
-    "st.shared.b32": list_append(4064, 4064, (0, 4096)),
-}
 
 
 def full(num_rows, num_cols, topk):
@@ -48,7 +41,7 @@ def values_of(row, columns):
 
 
 def by_python(inputs):
-    """The definition by Python's sort: of each row the columns of its largest values."""
+    """The definition by Python's stable sort: of each row the columns of its largest values."""
     out = []
     for i, row in enumerate(inputs.index_logits.tolist()):
         first, end = max(0, int(inputs.kv_start[i])), min(len(row), int(inputs.kv_end[i]))
@@ -58,7 +51,28 @@ def by_python(inputs):
     return out
 
 
-@pytest.mark.parametrize("kind", ["plain", *hostile.TOPK_ROWS])
+def stable_set(inputs):
+    """The columns that a stable sort takes, ascending, -1 behind them."""
+    in_order = [
+        sorted(n for n in row if n >= 0) + [-1] * row.count(-1) for row in by_python(inputs)
+    ]
+    return torch.tensor(in_order, dtype=torch.int32)
+
+
+def assert_stable(inputs, outputs):
+    """Right, and of equal values the lowest columns; in ascending order if that was asked for."""
+    hostile.assert_right("topk", inputs, outputs)
+    actual = outputs.topk_indices.cpu()
+    if not inputs.sorted_indices:
+        behind = torch.where(actual < 0, 2**31 - 1, actual).sort(1).values
+        actual = torch.where(behind == 2**31 - 1, -1, behind)
+    assert torch.equal(actual, stable_set(inputs))
+
+
+KINDS = ["plain", *hostile.MUTATIONS["topk"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_reference_matches_python(kind):
     mutate = hostile.MUTATIONS["topk"].get(kind, hostile.plain)
     inputs = mutate(OPERATOR.make_inputs(full(9, 120, 33), seed=0, device="cpu"))
@@ -69,6 +83,8 @@ def test_reference_matches_python(kind):
         assert actual.count(-1) == expected[i].count(-1)
         used = [n for n in actual if n >= 0]
         assert actual[: len(used)] == used
+        assert set(used) == {n for n in expected[i] if n >= 0}
+        assert used == sorted(used) or not inputs.sorted_indices
         assert len(set(used)) == len(used)
         assert all(int(inputs.kv_start[i]) <= n < int(inputs.kv_end[i]) for n in used)
 
@@ -93,6 +109,43 @@ def test_zeros_of_both_signs_are_equal():
     for columns in ([0, 2], [1, 2], [2, 0]):
         outputs = TopkOutputs(torch.tensor([columns], dtype=torch.int32))
         assert hostile.passes(OPERATOR.check(inputs, outputs))
+
+
+def test_sorted_indices_ascend_and_padding_stays_behind():
+    inputs = rows_of([1.0, 9.0, 3.0, 5.0], [1.0, 2.0, 3.0, 4.0], topk=3, end=[4, 2])
+    assert selected(inputs) == [[1, 3, 2], [1, 0, -1]]
+    inputs = replace(inputs, sorted_indices=True)
+    assert selected(inputs) == [[1, 2, 3], [0, 1, -1]]
+    unsorted = TopkOutputs(torch.tensor([[1, 3, 2], [0, 1, -1]], dtype=torch.int32))
+    assert not hostile.passes(OPERATOR.check(inputs, unsorted))
+    assert hostile.passes(OPERATOR.check(replace(inputs, sorted_indices=False), unsorted))
+
+
+def test_bf16_logits_are_their_values():
+    shape = replace(full(3, 40, 5), logits="bf16")
+    inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
+    assert inputs.index_logits.dtype == torch.bfloat16
+    same = replace(inputs, index_logits=inputs.index_logits.float())
+    assert selected(inputs) == selected(same)
+    assert hostile.passes(OPERATOR.check(inputs, OPERATOR.reference(same)))
+    assert OPERATOR.cost(shape).bytes_read == 2 * 3 * 40
+    assert OPERATOR.memory(shape).input_bytes == 2 * 3 * 40 + 2 * 4 * 3
+
+
+def test_options_are_refused_with_a_sentence():
+    inputs = OPERATOR.make_inputs(full(2, 8, 2), seed=0, device="cpu")
+    refuse_options(inputs, "it")
+    with pytest.raises(Unsupported, match="it does not sort its indices"):
+        refuse_options(replace(inputs, sorted_indices=True), "it")
+    with pytest.raises(Unsupported, match="it, as it is called here, takes float32 logits, not bf"):
+        refuse_options(replace(inputs, index_logits=inputs.index_logits.bfloat16()), "it")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_topk_takes_every_option(kind):
+    mutate = hostile.MUTATIONS["topk"].get(kind, hostile.plain)
+    inputs = mutate(OPERATOR.make_inputs(full(9, 120, 33), seed=5, device="cpu"))
+    hostile.assert_right("topk", inputs, topk_torch.run(inputs))
 
 
 def test_topk_beyond_the_columns_is_padded():
@@ -187,14 +240,19 @@ def test_a_case_that_makes_no_sense(fields, sentence):
         OPERATOR.shape(Case(op="topk", impl="reference", **known), PRESETS["v3.2"])
 
 
+def test_logits_of_another_type_are_no_case():
+    with pytest.raises(Unsupported, match="logits are fp32 or bf16, not fp16"):
+        replace(full(3, 40, 5), logits="fp16")
+
+
 MISTAKES = [
-    ("index_logits", lambda x: x.half(), TypeError, "index_logits must be float32"),
-    ("index_logits", lambda x: x[0], ValueError, "index_logits must be float32 .num_rows"),
+    ("index_logits", lambda x: x.half(), TypeError, "index_logits must be float32 or bfloat16"),
+    ("index_logits", lambda x: x[0], ValueError, "index_logits must be float32 or bfloat16 .num"),
     ("index_logits", lambda x: x[:, ::2], ValueError, "index_logits must be contiguous in its la"),
     ("kv_start", lambda x: x.long(), TypeError, "kv_start must be int32"),
     ("kv_end", lambda x: x[:2], ValueError, "kv_end must be int32 .num_rows=3"),
-    ("topk", lambda x: 0, ValueError, "topk must be 1 … 3584, got 0"),
-    ("topk", lambda x: 3585, ValueError, "topk must be 1 … 3584, got 3585"),
+    ("topk", lambda x: 0, ValueError, "topk must be 1 … 4096, got 0"),
+    ("topk", lambda x: 4097, ValueError, "topk must be 1 … 4096, got 4097"),
 ]
 
 
@@ -210,56 +268,214 @@ def test_gluon_refuses(name, change, kind, sentence):
 def test_gluon_supports_says_why_not():
     assert topk_gluon.supports(full(1, 4096, 2048), A100) is None
     assert "sm_80 or newer, this is a CPU" in topk_gluon.supports(full(1, 4096, 2048), CPU)
-    reason = topk_gluon.supports(full(1, 8192, 4096), A100)
-    assert reason == "gluon topk takes topk up to 3584, this case has 4096"
+    reason = topk_gluon.supports(full(1, 8192, 4097), A100)
+    assert reason == "gluon topk takes topk up to 4096, this case has 4097"
 
 
-def emulate(inputs, seed):
-    with emulated_gluon(seed=seed, asm=ATOMICS) as emulated, hostile.poisoned_outputs():
-        return emulated.load("dsa_bench.kernels.topk_gluon").run(inputs)
+def emulate(inputs, seed, **options):
+    """By the kernels' own choice, or with some fields of it changed."""
+    with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
+        if not options:
+            return emulated.load("dsa_bench.kernels.topk_gluon").run(inputs)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        rows, cols = inputs.index_logits.shape
+        config = replace(kernels.choose_config(rows, cols, inputs.topk, 132), **options)
+        return TopkOutputs(
+            kernels.topk(
+                inputs.index_logits, inputs.kv_start, inputs.kv_end, inputs.topk,
+                sorted_indices=inputs.sorted_indices, config=config,
+            )
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["plain", *hostile.TOPK_ROWS])
-@pytest.mark.parametrize(
-    ("seed", "num_cols", "topk"), [(0, 9000, 512), (1, 5003, 2048)], ids=["9000-k512", "5003-k2048"]
-)
-def test_gluon_emulated(seed, num_cols, topk, kind):
-    """Both the pass by a threshold and, for rows of equal values, the exact search."""
+WAYS = {
+    "one": {"parts": 1, "num_warps": 8, "elements": 8},
+    "one-sorted": {"parts": 1, "num_warps": 4, "elements": 16},
+    "parts": {"parts": 4, "num_warps": 4, "elements": 8, "select_warps": 4},
+    "parts-sorted": {"parts": 2, "num_warps": 8, "elements": 8, "select_warps": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gluon_emulated(kind, way):
+    """A program for each row, and several: with a threshold, and digit by digit without one."""
     mutate = hostile.MUTATIONS["topk"].get(kind, hostile.plain)
-    inputs = mutate(OPERATOR.make_inputs(full(6, num_cols, topk), seed=seed, device="cpu"))
-    hostile.assert_right("topk", inputs, emulate(inputs, seed))
+    seed, cols, topk = (0, 9000, 512) if "one" in way else (1, 9997, 2048)
+    inputs = mutate(OPERATOR.make_inputs(full(6, cols, topk), seed=seed, device="cpu"))
+    inputs = replace(inputs, sorted_indices=inputs.sorted_indices or "sorted" in way)
+    assert_stable(inputs, emulate(inputs, seed, **WAYS[way]))
 
 
-@pytest.mark.parametrize("topk", [1, 3, 257, 3584])
-def test_gluon_emulated_for_any_topk(topk):
-    inputs = OPERATOR.make_inputs(full(2, 4300, topk), seed=topk, device="cpu")
-    hostile.assert_right("topk", inputs, emulate(inputs, topk))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["plain", "far", "one-cluster", "plateau"])
+def test_gluon_emulated_reads_usual_rows_once(kind, way, monkeypatch):
+    """A threshold divides them: none is done digit by digit, but for rows of one value."""
+    seed, options = 11, WAYS[way]
+    inputs = OPERATOR.make_inputs(full(3, 9000, 512), seed=seed, device="cpu")
+    # of the plateaus, the one that begins below the 512 largest
+    logits = hostile.TOPK_ROWS.get(kind, hostile.plain)(inputs.index_logits)[1:2]
+    inputs = replace(inputs, kv_start=inputs.kv_start[1:2], kv_end=inputs.kv_end[1:2])
+
+    def refuse(*args):
+        raise RuntimeError("digit by digit")
+
+    with emulated_gluon(seed=seed) as emulated:
+        monkeypatch.setattr(emulated.load("dsa_bench.kernels.row_scan"), "divide_row", refuse)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        config = replace(kernels.choose_config(1, 9000, 512, 132), **options)
+        ranges = (inputs.kv_start, inputs.kv_end, 512)
+        out = kernels.topk(logits, *ranges, config=config)
+        with pytest.raises(RuntimeError, match="digit by digit"):
+            kernels.topk(torch.ones_like(logits), *ranges, config=config)
+    assert_stable(replace(inputs, index_logits=logits), TopkOutputs(out))
 
 
-def test_gluon_emulated_looks_at_nothing_outside_the_range():
-    inputs = OPERATOR.make_inputs(full(8, 6000, 300), seed=4, device="cpu")
+@pytest.mark.parametrize("way", ["one", "parts"])
+@pytest.mark.parametrize("listed", [0, 511, 512, 4032, 4033, 9000])
+def test_gluon_emulated_with_a_threshold_that_lists_so_many(listed, way, monkeypatch):
+    """A list that is too short, just full, or too long; the row is right all the same."""
+    inputs = OPERATOR.make_inputs(full(1, 9000, 512), seed=12, device="cpu")
+    values = inputs.index_logits[0].sort(descending=True).values
+    with emulated_gluon(seed=12) as emulated:
+        depth = emulated.load("dsa_bench.kernels.row_scan").depth_of(values)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        threshold = depth[listed - 1] if listed else depth[0] - 1
+        monkeypatch.setattr(
+            kernels, "choose_threshold", lambda *_: (threshold, torch.tensor(1, dtype=torch.int32))
+        )
+        config = replace(kernels.choose_config(1, 9000, 512, 132), **WAYS[way])
+        out = kernels.topk(
+            inputs.index_logits, inputs.kv_start, inputs.kv_end, 512, config=config
+        )  # fmt: skip
+    assert_stable(inputs, TopkOutputs(out))
+
+
+@pytest.mark.parametrize("topk", [1, 3, 257, 3000, 4096])
+@pytest.mark.parametrize("cols", [4300, 8300])
+def test_gluon_emulated_for_any_topk(topk, cols):
+    inputs = OPERATOR.make_inputs(full(2, cols, topk), seed=topk, device="cpu")
+    assert_stable(inputs, emulate(inputs, topk))
+
+
+@pytest.mark.parametrize("way", ["one", "parts"])
+def test_gluon_emulated_looks_at_nothing_outside_the_range(way):
+    inputs = OPERATOR.make_inputs(full(8, 6001, 300), seed=4, device="cpu")
     start = torch.tensor([1, 2, 3, 5, 6, 7, 1001, 999], dtype=torch.int32)
-    end = start + torch.tensor([4990, 4064, 4065, 4096, 4097, 301, 300, 299], dtype=torch.int32)
-    columns = torch.arange(6000)
+    end = start + torch.tensor([4990, 4032, 4033, 4096, 4097, 301, 300, 299], dtype=torch.int32)
+    columns = torch.arange(6001)
     outside = (columns < start[:, None]) | (columns >= end[:, None])
     for filler in (NAN, INF):
         logits = inputs.index_logits.masked_fill(outside, filler)
         spoiled = replace(inputs, index_logits=logits, kv_start=start, kv_end=end)
-        hostile.assert_right("topk", spoiled, emulate(spoiled, 5))
+        assert_stable(spoiled, emulate(spoiled, 5, **WAYS[way]))
 
 
-def test_gluon_emulated_clamps_the_range():
+@pytest.mark.parametrize("way", ["one", "parts"])
+def test_gluon_emulated_clamps_the_range(way):
     inputs = OPERATOR.make_inputs(full(5, 700, 300), seed=6, device="cpu")
     start = torch.tensor([-5, -(2**31), 650, 7, 2**31 - 1], dtype=torch.int32)
     end = torch.tensor([701, 2**31 - 1, 9999, -(2**31), -(2**31)], dtype=torch.int32)
     wild = replace(inputs, kv_start=start, kv_end=end)
-    hostile.assert_right("topk", wild, emulate(wild, 7))
+    assert_stable(wild, emulate(wild, 7, **WAYS[way]))
+
+
+def test_gluon_emulated_sorts_rows_longer_than_one_bitmap():
+    inputs = OPERATOR.make_inputs(full(1, 300000, 700), seed=8, device="cpu")
+    inputs = replace(inputs, sorted_indices=True, kv_start=inputs.kv_start + 5)
+    assert_stable(inputs, emulate(inputs, 8, parts=1))
+
+
+@pytest.mark.parametrize("length", [1, 5000, 131072, 2**20])
+def test_gluon_config_fits_the_case(length):
+    for num_rows in (1, 32, 128, 4096):
+        for topk in (1, 512, 2048, 4096):
+            config = row_topk.choose_config(num_rows, length, topk, 132)
+            assert topk + 64 < config.words
+            assert config.parts <= candidate_list.MAX_PARTS
+            if config.parts > 1:
+                # of at least 2048 columns, and no more than fill the machine
+                assert length >= 2048 * config.parts and num_rows * config.parts < 4 * 132
+
+
+def lists_of(inputs, num_parts, capacity, threshold):
+    """Lists as another kernel might write them: what reaches the threshold, in parts of the row."""
+    rows, cols = inputs.index_logits.shape
+    lists = candidate_list.empty_lists(rows, num_parts, capacity, torch.device("cpu"))
+    lists.values.fill_(NAN)
+    lists.columns.fill_(-7)
+    each = -(-cols // num_parts)
+    for row in range(rows):
+        reaches = inputs.index_logits[row] >= threshold
+        for part in range(num_parts):
+            found = reaches.nonzero().flatten()
+            found = found[found // each == part].flip(0)
+            lists.counts[row, part] = len(found)
+            kept = found[:capacity]
+            lists.values[row, part, : len(kept)] = inputs.index_logits[row, kept]
+            lists.columns[row, part, : len(kept)] = kept.int()
+    return lists
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 16, 128])
+@pytest.mark.parametrize("has_logits", [True, False], ids=["logits", "no-logits"])
+def test_lists_of_another_kernel(num_parts, has_logits):
+    inputs = OPERATOR.make_inputs(full(3, 6000, 500), seed=9, device="cpu")
+    inputs = hostile.topk_rows("ties")(inputs)
+    inputs.kv_start[:], inputs.kv_end[:] = 0, torch.tensor([6000, 400, 6000])
+    inputs.index_logits[2, 100:] -= 9
+    failed = torch.full((3,), 77, dtype=torch.int32)
+    lists = lists_of(inputs, num_parts, 1000, 1.25)
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        out = select(
+            lists, inputs.kv_start, inputs.kv_end, 500, 6000,
+            logits=inputs.index_logits if has_logits else None, failed=failed,
+        )  # fmt: skip
+    expected = replace(inputs, sorted_indices=False)
+    if has_logits:
+        assert_stable(expected, TopkOutputs(out))
+        assert failed.tolist() == [77] * 3
+        return
+    # the third row lists fewer than topk, and has no logits to be selected from; the second needs
+    # no list
+    assert failed.tolist() == [0, 0, 1] and (out[2] == -1).all()
+    first = replace(
+        expected, index_logits=inputs.index_logits[:2], kv_start=inputs.kv_start[:2],
+        kv_end=inputs.kv_end[:2],
+    )  # fmt: skip
+    assert_stable(first, TopkOutputs(out[:2]))
+
+
+def test_a_list_that_names_a_column_twice_ends():
+    inputs = OPERATOR.make_inputs(full(1, 3000, 100), seed=3, device="cpu")
+    lists = lists_of(inputs, 2, 400, 1.0)
+    lists.values[0, :, 0], lists.columns[0, :, 0] = inputs.index_logits.max() + 1, 7
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        failed = torch.empty(1, dtype=torch.int32)
+        # within its bounds, which the emulator watches
+        select(lists, inputs.kv_start, inputs.kv_end, 1, 3000, failed=failed)
+    assert failed.tolist() == [0]
+
+
+def test_a_list_that_ran_over_has_failed():
+    inputs = OPERATOR.make_inputs(full(2, 3000, 100), seed=3, device="cpu")
+    lists = lists_of(inputs, 4, 150, 1.0)
+    assert lists.counts.sum(1).min() >= 100
+    lists.counts[1, 2] = 151
+    failed = torch.empty(2, dtype=torch.int32)
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        out = select(lists, inputs.kv_start, inputs.kv_end, 100, 3000, failed=failed)
+    assert failed.tolist() == [0, 1]
+    assert out[0].min() >= 0 and (out[1] == -1).all()
 
 
 SHAPES = [
     full(16, 8192, 2048), full(16, 20000, 512), full(16, 131072, 2048), full(16, 4100, 2048),
     full(9, 300000, 1024), full(64, 5000, 1), full(7, 4999, 257), full(33, 2048, 2048),
-    full(5, 65537, 3584), full(5, 9000, 300),
+    full(5, 65537, 4096), full(5, 9000, 300), full(300, 40000, 2048), full(2, 2**20, 2048),
 ]  # fmt: skip
 
 
@@ -276,6 +492,20 @@ def test_topk_selects_the_same_twice(name):
     run = hostile.runnable("topk", name, SHAPES[2]).run
     first, second = (run(inputs).topk_indices.sort(1).values for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=hostile.label)
+def test_gluon_takes_the_lowest_columns(shape, kind):
+    implementation = hostile.runnable("topk", "gluon", shape)
+    inputs = OPERATOR.make_inputs(shape, seed=1, device="cuda")
+    inputs = hostile.MUTATIONS["topk"].get(kind, hostile.plain)(inputs)
+    expected = OPERATOR.reference(replace(inputs, sorted_indices=True)).topk_indices
+    actual = implementation.run(replace(inputs, sorted_indices=True)).topk_indices
+    assert torch.equal(actual, expected)
+    unsorted = implementation.run(replace(inputs, sorted_indices=False)).topk_indices
+    assert torch.equal(unsorted.sort(1).values, expected.sort(1).values)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape
+from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape, ascending
 from dsa_bench.operator import Implementation, Machine
 
 
@@ -16,7 +16,8 @@ def by_sorting(inputs: TopkInputs, /) -> TopkOutputs:
     valid = inside.gather(1, by_value)
     first = valid.int().argsort(dim=1, descending=True, stable=True)[:, : inputs.topk]
     chosen = by_value.gather(1, first).masked_fill(~valid.gather(1, first), -1)
-    return TopkOutputs(chosen.to(torch.int32))
+    chosen = chosen.to(torch.int32)
+    return TopkOutputs(ascending(chosen) if inputs.sorted_indices else chosen)
 
 
 def supports(shape: TopkShape, machine: Machine) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gluon_emulator.program import EmulationError, NamedBarrier, current
+from tests.gluon_emulator.program import WARP_SIZE, EmulationError, NamedBarrier, current
 
 Model = Callable[[str, list[Any]], Any]
 
@@ -58,19 +58,6 @@ def bf16_pair(text: str, arguments: list[Any]) -> Tensor:
 
 def unchanged(text: str, arguments: list[Any]) -> Any:
     return arguments[0]
-
-
-MODELS: dict[str, Model] = {
-    "// $0": unchanged,
-    "bar.arrive": named_barrier,
-    "bar.sync": named_barrier,
-    "barrier.arrive": named_barrier,
-    "barrier.sync": named_barrier,
-    "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
-    "cvt.rn.f16x2.e4m3x2": e4m3_words_to_bf16,
-    "mov.b32 $0, 0;": opaque_zero,
-    "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;": split_bytes,
-}
 
 
 def _shared_words() -> Tensor:
@@ -141,3 +128,133 @@ def histogram_add(start: int = 0) -> Model:
         return torch.tensor(0)
 
     return model
+
+
+def word_load(text: str, arguments: list[Any]) -> Tensor:
+    """(word) -> the words; the kernel may mask what it gets, but not leave shared memory."""
+    # indexed by a number alone it would be a view
+    return _shared_words()[_places(arguments[0])].clone()
+
+
+def word_store(text: str, arguments: list[Any]) -> Tensor:
+    """(word, value, predicate); of several values for one word any may stay. Returns 0."""
+    word, value, lanes = _chosen(*arguments)
+    with current.program.changed:
+        _shared_words()[_places(word[lanes])] = value[lanes].to(torch.int32)
+    return torch.tensor(0)
+
+
+def entry_store(text: str, arguments: list[Any]) -> Tensor:
+    """(place, value, column, predicate): both, the column some bytes behind. Returns 0."""
+    found = re.search(r"\[a \+ (\d+)\], \$3;", text)
+    assert found is not None
+    place, value, column, lanes = _chosen(*arguments)
+    behind = place + int(found[1]) // 4
+    with current.program.changed:
+        _shared_words()[_places(place[lanes])] = value[lanes]
+        _shared_words()[_places(behind[lanes])] = column[lanes].to(torch.int32)
+    return torch.tensor(0)
+
+
+def digit_count(text: str, arguments: list[Any]) -> Tensor:
+    """(number, low, shift, predicate): adds 1 to word (number - low) >> shift of a histogram.
+
+    The text says how many words that has and how many bytes stand before it. Returns 0.
+    """
+    found = re.search(r"p, d, (\d+), q;.*\[a \+ (\d+)\]", text, flags=re.DOTALL)
+    assert found is not None
+    bins, start = int(found[1]), int(found[2]) // 4
+    number, low, shift, lanes = _chosen(*arguments)
+    digit = ((number.long() - low.long()) & 0xFFFFFFFF) >> shift.long()
+    digit = digit[lanes]
+    digit = digit[digit < bins]
+    with current.program.changed:
+        ones = torch.ones(len(digit), dtype=torch.int32)
+        _shared_words().index_add_(0, _places(start + digit), ones)
+    return torch.tensor(0)
+
+
+def bit_set(text: str, arguments: list[Any]) -> Tensor:
+    """(first word of the bitmap, bit, predicate). Returns 0."""
+    start, bit, lanes = _chosen(*arguments)
+    with current.program.changed:
+        words = _shared_words()
+        for place, n in zip((start + (bit >> 5))[lanes].tolist(), bit[lanes].tolist(), strict=True):
+            words[place] |= _as_int32(1 << (n & 31))
+    return torch.tensor(0)
+
+
+def bits_below(text: str, arguments: list[Any]) -> Tensor:
+    """(first word of the bitmap, bit) -> bits set in the 128 around it and below it."""
+    start, bit = torch.broadcast_tensors(*map(torch.as_tensor, arguments))
+    below = (torch.arange(128) < (bit.reshape(-1, 1) & 127)) & _group_bits(start, bit >> 7)
+    return below.sum(1, dtype=torch.int32).view(bit.shape)
+
+
+def bits_of_group(text: str, arguments: list[Any]) -> Tensor:
+    """(first word of the bitmap, number of a group of 128 bits) -> bits set in it."""
+    start, group = torch.broadcast_tensors(*map(torch.as_tensor, arguments))
+    return _group_bits(start, group).sum(1, dtype=torch.int32).view(group.shape)
+
+
+def _group_bits(start: Tensor, group: Tensor) -> Tensor:
+    """[groups, 128] bool."""
+    first = _places((start + 4 * group).reshape(-1))
+    words = _shared_words()[first[:, None] + torch.arange(4)]
+    return ((words[..., None] >> torch.arange(32)) & 1).bool().flatten(1)
+
+
+def reserved_numbers(text: str, arguments: list[Any]) -> Tensor:
+    """(word, count a thread): warps in random order add their counts; the first number of each."""
+    word, count = int(arguments[0]), arguments[1].reshape(-1)
+    if count.numel() != WARP_SIZE * current.num_warps:
+        raise EmulationError(f"{count.numel()} counts for {current.num_warps} warps")
+    warps = list(range(current.num_warps))
+    current.dice.shuffle(warps)
+    sums = count.view(-1, WARP_SIZE).cumsum(1, dtype=torch.int32)
+    first = sums - count.view(-1, WARP_SIZE)
+    with current.program.changed:
+        words = _shared_words()
+        for warp in warps:
+            first[warp] += words[word]
+            words[word] += sums[warp, -1]
+    return first.view(arguments[1].shape)
+
+
+def _chosen(*arguments: Any) -> list[Any]:
+    """The flat arguments before the predicate, and the lanes that it chooses."""
+    *values, predicate = torch.broadcast_tensors(*map(torch.as_tensor, arguments))
+    return [*(value.reshape(-1) for value in values), _active_lanes(predicate)]
+
+
+def _places(words: Any) -> Tensor:
+    places = torch.as_tensor(words).long()
+    size = _shared_words().numel()
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
+        raise EmulationError(f"words {int(places.min())} .. {int(places.max())} of {size}")
+    return places
+
+
+def _as_int32(bits: int) -> int:
+    return bits - 2**32 if bits >= 2**31 else bits
+
+
+MODELS: dict[str, Model] = {
+    "ld.shared.u32 $0, [a];": word_load,
+    "setp.ne.s32 p, $4, 0; @p st.shared.b32 [a], $2;": entry_store,
+    "setp.ne.s32 p, $3, 0; @p st.shared.b32 [a], $2;": word_store,
+    "shr.u32 d, d, $3; setp.ne.s32 q, $4, 0;": digit_count,
+    "@p red.shared.or.b32 [a], m;": bit_set,
+    "popc.b32 w0, w0; add.u32 n, n, w0;": bits_below,
+    "popc.b32 w0, w0; popc.b32 w1, w1;": bits_of_group,
+    "shfl.sync.up.b32 t|p, n, 1,": reserved_numbers,
+    "// $0": unchanged,
+    "bar.arrive": named_barrier,
+    "bar.sync": named_barrier,
+    "barrier.arrive": named_barrier,
+    "barrier.sync": named_barrier,
+    "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
+    "cvt.rn.f16x2.e4m3x2": e4m3_words_to_bf16,
+    "mov.b32 $0, 0;": opaque_zero,
+    "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;": split_bytes,
+}

@@ -1,0 +1,65 @@
+"""Rows of logits that a top-k easily gets wrong, each made from Gaussian ones [rows, columns]."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAN, INF = float("nan"), float("inf")
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """Seven values, each the fp32 number behind the one before."""
+    bits = torch.arange(x.shape[1], dtype=torch.int32, device=x.device) % 7 + 0x3F800000
+    return bits.view(torch.float32).expand_as(x).contiguous()
+
+
+def special(x: Tensor) -> Tensor:
+    """NaN everywhere, rows of nothing but NaN, -inf or +inf in a part of the row."""
+    x = x.clone()
+    x[:, ::3] = NAN
+    x[1 % len(x)] = NAN
+    x[2 % len(x), x.shape[1] // 9 :] = -INF
+    x[3 % len(x), : x.shape[1] // 5] = INF
+    return x
+
+
+def plateau(x: Tensor) -> Tensor:
+    """Half of each row is exactly 0, as after a ReLU; of three rows one has 5 % above it, one 15 %,
+    one 48 %."""
+    rank = x.argsort(1).argsort(1)
+    above = torch.tensor([0.05, 0.15, 0.48], device=x.device)[torch.arange(len(x)) % 3, None]
+    is_zero = (rank < x.shape[1] * (1 - above)) & (rank >= x.shape[1] * (0.5 - above))
+    far = torch.where(rank >= x.shape[1] * (1 - above), 5.0, -5.0)
+    return torch.where(is_zero, 0.0, x + far)
+
+
+def one_cluster(x: Tensor) -> Tensor:
+    """The largest values lie side by side in the middle of the row."""
+    x, fifth = x.clone(), x.shape[1] // 5
+    x[:, 2 * fifth : 3 * fifth] += 20
+    return x
+
+
+def periodic(x: Tensor) -> Tensor:
+    """Four of every 64 columns are larger: a sample at fixed distances sees all or none of them."""
+    return x + 3 * (torch.arange(x.shape[1], device=x.device) % 64 < 4)
+
+
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ties": lambda x: (x * 4).round() / 4,
+    "signed-zeros": lambda x: torch.where(x > 1.5, x, torch.where(x > 0, 0.0, -0.0)),
+    "constant": torch.ones_like,
+    "two-valued": lambda x: (x > 0).float(),
+    "special": special,
+    "ascending": lambda x: x.sort(1).values.contiguous(),
+    "descending": lambda x: x.sort(1, descending=True).values.contiguous(),
+    "adjacent": adjacent,
+    "tiny": lambda x: x * 1e-42,
+    "plateau": plateau,
+    "one-cluster": one_cluster,
+    "far": lambda x: 1000 + x,
+    "huge-range": lambda x: torch.sign(x) * torch.exp(20 * x.abs()),
+    "periodic": periodic,
+    "bf16": lambda x: x.bfloat16(),
+}

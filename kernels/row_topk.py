@@ -1,0 +1,318 @@
+"""Exact top-k that reads each row once, in Gluon with shared-memory atomics.
+
+(1) A sample of the row gives a threshold that topk and some more of its logits probably reach. (2)
+One pass over the row appends every logit that reaches it to a list in shared memory. (3) Radix
+selection in the list finds the exact set, equal values by the lowest column, and the columns are
+written. A list that came out too short or too long, or a row that no threshold can divide
+(thousands of equal values), is done digit by digit, in two to five more passes.
+
+Many rows: one program does all three for its row, and four to six programs on an SM hide each
+other's waits. Few rows: each row is shared out over several programs that take the same sample and
+so the same threshold, list what reaches it in their part in global memory, and end; a second kernel
+does (3) with one program a row (`candidate_list.py`).
+
+Supports topk up to 4096, fp32 and bf16 logits, any row length, stride and alignment: loads are of
+16 bytes where the tensor itself begins at a multiple of 16 bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from dsa_bench.expect import expect_same_device, expect_tensor
+from dsa_bench.kernels.candidate_list import (
+    SelectConfig,
+    empty_lists,
+    let_next_launch,
+    list_words,
+    select_candidates,
+)
+from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.radix_select import BINS, SLACK_WORDS, SPARE_WORDS, TOP, best_of_list
+from dsa_bench.kernels.row_scan import (
+    append_above,
+    choose_threshold,
+    chunk_offsets,
+    clear_counters,
+    finish_row,
+    list_length,
+    load_chunk,
+    locate_row,
+    write_all,
+)
+
+MAX_TOPK = 4096
+
+
+@gluon.jit
+def _topk_kernel(
+    logits_ptr, kv_start_ptr, kv_end_ptr, out_ptr, num_cols, stride_row,
+    TOPK: gl.constexpr, SAMPLE: gl.constexpr, WORDS: gl.constexpr, ELEMENTS: gl.constexpr,
+    ELEMENT_BYTES: gl.constexpr, SORTED: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """One program: one row."""
+    CAPACITY: gl.constexpr = WORDS - SPARE_WORDS
+    VECTOR: gl.constexpr = 16 // ELEMENT_BYTES
+    LEAST_SHIFT: gl.constexpr = 32 - 8 * ELEMENT_BYTES
+    CHUNK: gl.constexpr = NUM_WARPS * 32 * ELEMENTS
+    # first and largest, so that it begins at word 0
+    memory = gl.allocate_shared_memory(
+        gl.int32, [2 * WORDS // BINS + 1, BINS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    bins = memory.index(2 * WORDS // BINS)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
+    bins.store(gl.zeros([BINS], gl.int32, LAYOUT))
+    row = gl.program_id(0)
+    row_ptr, base, first, limit = locate_row(
+        logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
+    )
+    out_ptr += row.to(gl.int64) * TOPK
+    if limit - first <= TOPK:
+        write_all(base + first, limit - first, out_ptr, TOPK, NUM_WARPS)
+    else:
+        is_listed = 0
+        length = 0
+        least_key = 0
+        best = 0
+        clear_counters(WORDS)
+        if limit - first > CAPACITY:
+            threshold, is_likely = choose_threshold(
+                bins, row_ptr, first, limit, TOPK, SAMPLE, CAPACITY, WORDS, VECTOR, NUM_WARPS
+            )
+            if is_likely == 1:
+                offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
+                x = load_chunk(row_ptr, 0, offs, first, limit, CHUNK)
+                append_above(
+                    x, row_ptr, base, first, limit, 0, (limit + CHUNK - 1) // CHUNK, threshold,
+                    out_ptr, out_ptr, False, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS,
+                )  # fmt: skip
+                length = list_length(WORDS)
+                is_listed = ((length >= TOPK) & (length <= CAPACITY)).to(gl.int32)
+                least_key = threshold ^ TOP
+                if is_listed == 1:
+                    best = best_of_list(length, NUM_WARPS)
+        finish_row(
+            bins, is_listed, length, least_key, best, row_ptr, base, first, limit, out_ptr,
+            TOPK, WORDS, SORTED, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS,
+        )  # fmt: skip
+    memory._keep_alive()
+
+
+@gluon.jit
+def _list_kernel(
+    logits_ptr, kv_start_ptr, kv_end_ptr, values_ptr, columns_ptr, counts_ptr, num_cols,
+    stride_row,
+    TOPK: gl.constexpr, SAMPLE: gl.constexpr, CAPACITY: gl.constexpr, PART_CAPACITY: gl.constexpr,
+    NUM_PARTS: gl.constexpr, ELEMENTS: gl.constexpr, ELEMENT_BYTES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """One program: one part of a row, whose candidates it lists in global memory.
+
+    Rows that fit into the list of the second kernel, and those without a threshold, list nothing.
+    """
+    WORDS: gl.constexpr = BINS // 2
+    VECTOR: gl.constexpr = 16 // ELEMENT_BYTES
+    CHUNK: gl.constexpr = NUM_WARPS * 32 * ELEMENTS
+    memory = gl.allocate_shared_memory(
+        gl.int32, [2 * WORDS // BINS + 1, BINS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    bins = memory.index(2 * WORDS // BINS)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
+    bins.store(gl.zeros([BINS], gl.int32, LAYOUT))
+    let_next_launch()
+    row = gl.program_id(1)
+    part = gl.program_id(0)
+    row_ptr, base, first, limit = locate_row(
+        logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
+    )
+    number = row.to(gl.int64) * NUM_PARTS + part
+    length = 0
+    clear_counters(WORDS)
+    if limit - first > CAPACITY:
+        chunks = (limit + CHUNK - 1) // CHUNK
+        each = (chunks + NUM_PARTS - 1) // NUM_PARTS
+        begin = part * each
+        end = gl.minimum(begin + each, chunks)
+        offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
+        x = load_chunk(row_ptr, begin * CHUNK, offs, first, limit, CHUNK)
+        threshold, is_likely = choose_threshold(
+            bins, row_ptr, first, limit, TOPK, SAMPLE, CAPACITY, WORDS, VECTOR, NUM_WARPS
+        )
+        if is_likely == 1:
+            append_above(
+                x, row_ptr, base, first, limit, begin, end, threshold,
+                values_ptr + number * PART_CAPACITY, columns_ptr + number * PART_CAPACITY,
+                True, PART_CAPACITY - SLACK_WORDS, WORDS, VECTOR, ELEMENTS, NUM_WARPS,
+            )  # fmt: skip
+            length = list_length(WORDS)
+            if length > PART_CAPACITY - SLACK_WORDS:
+                length = PART_CAPACITY + 1
+    gl.store(counts_ptr + number, length)
+    memory._keep_alive()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopkConfig:
+    num_warps: int
+    sample: int
+    """Logits that the threshold is taken from."""
+    words: int
+    """Of a list: 64 more than the entries that it holds."""
+    elements: int
+    """Logits that a thread loads at a time, in vectors of 16 bytes."""
+    max_registers: int = 64
+    """Of a thread: 64 leaves room for 4 programs of 8 warps on an SM, 80 for 3."""
+    parts: int = 1
+    """Programs that share a row and leave the selection to a second kernel; 1: no second kernel."""
+    select_warps: int = 8
+    """Of the second kernel."""
+    is_dependent: bool = True
+    """The second kernel is launched while the first still runs."""
+
+
+def choose_sample(length: int, topk: int) -> int:
+    """About 64 of the sample are among the topk: their number then has a σ of an eighth."""
+    sample = 1024
+    while sample < 4096 and sample * topk < 48 * length:
+        sample *= 2
+    return sample
+
+
+def choose_config(num_rows: int, num_cols: int, topk: int, num_sms: int) -> TopkConfig:
+    """Many rows: a program each; few: so many parts that the GPU has two programs an SM or nearly
+    so, of at least 2048 columns.
+
+    H100, topk 2048, µs, from one run each. Few rows, 16 / 8 warps in the second kernel: 32 ×
+    131072 21.5 / 25.5, 128 × 32768 19.0 / 25.4, 1 × 131072 14.0 / 16.4; twice the parts 22.6, 21.1,
+    15.9. 4096 rows of 32768 and of 131072: 16 logits a thread 232 and 884, 8 246 and 921, 4 warps
+    252 and 946.
+    """
+    words, sample = list_words(topk), choose_sample(num_cols, topk)
+    parts = 1
+    while 2 * num_rows * parts < 3 * num_sms and parts < 64 and num_cols >= 4096 * parts:
+        parts *= 2
+    if parts == 1 or num_cols < words:
+        return TopkConfig(num_warps=8, sample=sample, words=words, elements=16, max_registers=80)
+    return TopkConfig(
+        num_warps=8, sample=sample, words=words, elements=8, parts=parts, select_warps=16
+    )
+
+
+def topk(
+    index_logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, *,
+    sorted_indices: bool = False, config: TopkConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """Columns of the `topk` largest logits of each row; conventions as in `topk.py`.
+
+    Of equal values the lowest columns are taken, so that the set is the same in every run.
+
+    Args:
+        index_logits: [num_rows, num_cols] fp32 or bf16, any row stride.
+        kv_start, kv_end: [num_rows] int32; clamped to [0, num_cols].
+        topk: 1 … 4096.
+        sorted_indices: write the columns of each row in ascending order: a bitmap of the columns,
+            the sums of its bits and one pass more over the list for every 131072 columns.
+        config: how to launch it; None lets `choose_config` decide.
+    Returns:
+        [num_rows, topk] int32, unsorted unless asked for, -1 behind the last one.
+    """
+    dtypes = (torch.float32, torch.bfloat16)
+    expect_tensor("index_logits", index_logits, dtypes, num_rows=None, num_cols=None)
+    expect_tensor("kv_start", kv_start, torch.int32, num_rows=index_logits.shape[0])
+    expect_tensor("kv_end", kv_end, torch.int32, num_rows=index_logits.shape[0])
+    expect_same_device(index_logits=index_logits, kv_start=kv_start, kv_end=kv_end)
+    if not 0 < topk <= MAX_TOPK:
+        raise ValueError(f"topk must be 1 … {MAX_TOPK}, got {topk}")
+    num_rows, num_cols = index_logits.shape
+    if config is None:
+        num_sms = 132
+        if index_logits.is_cuda:
+            device = torch.cuda.get_device_properties(index_logits.device)
+            num_sms = device.multi_processor_count
+        config = choose_config(num_rows, num_cols, topk, num_sms)
+    launch = _launch_rows if config.parts == 1 else _launch_parts
+    return launch(index_logits, kv_start, kv_end, topk, sorted_indices, config)
+
+
+def _launch_rows(
+    logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, sorted_indices: bool,
+    config: TopkConfig,
+) -> Tensor:  # fmt: skip
+    num_rows, num_cols = logits.shape
+    out = torch.empty(num_rows, topk, dtype=torch.int32, device=logits.device)
+    if num_rows > 0:
+        _topk_kernel[(num_rows,)](
+            logits, kv_start, kv_end, out, num_cols, logits.stride(0),
+            TOPK=topk, SAMPLE=config.sample, WORDS=config.words, ELEMENTS=config.elements,
+            ELEMENT_BYTES=logits.element_size(), SORTED=sorted_indices,
+            NUM_WARPS=config.num_warps, num_warps=config.num_warps, maxnreg=config.max_registers,
+        )  # fmt: skip
+    return out
+
+
+def _launch_parts(
+    logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, sorted_indices: bool,
+    config: TopkConfig,
+) -> Tensor:  # fmt: skip
+    num_rows, num_cols = logits.shape
+    capacity = config.words - int(SPARE_WORDS.value)
+    part_capacity = capacity + int(SLACK_WORDS.value)
+    lists = empty_lists(num_rows, config.parts, part_capacity, logits.device)
+    if num_rows > 0:
+        _list_kernel[(config.parts, num_rows)](
+            logits, kv_start, kv_end, lists.values, lists.columns, lists.counts, num_cols,
+            logits.stride(0),
+            TOPK=topk, SAMPLE=config.sample, CAPACITY=capacity, PART_CAPACITY=part_capacity,
+            NUM_PARTS=config.parts, ELEMENTS=config.elements, ELEMENT_BYTES=logits.element_size(),
+            NUM_WARPS=config.num_warps, num_warps=config.num_warps, maxnreg=config.max_registers,
+        )  # fmt: skip
+    return select_candidates(
+        lists, kv_start, kv_end, topk, num_cols, logits=logits, sorted_indices=sorted_indices,
+        config=SelectConfig(
+            num_warps=config.select_warps, elements=config.elements,
+            is_dependent=config.is_dependent,
+        ),
+    )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    signature = {
+        "logits_ptr": "*fp32:16", "kv_start_ptr": "*i32:16", "kv_end_ptr": "*i32:16",
+        "out_ptr": "*i32:16", "num_cols": "i32:16", "stride_row": "i32:16",
+    }  # fmt: skip
+    lists = {name: f"*{kind}:16" for name, kind in (
+        ("values_ptr", "fp32"), ("columns_ptr", "i32"), ("counts_ptr", "i32"),
+    )}  # fmt: skip
+    cases = []
+    for label, num_rows, kind, is_sorted in (
+        ("few-rows", 32, "fp32", False),
+        ("few-rows-bf16", 32, "bf16", False),
+        ("many-rows", 4096, "fp32", False),
+        ("many-rows-bf16-sorted", 4096, "bf16", True),
+    ):
+        config = choose_config(num_rows, 131072, 2048, 132)
+        options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
+        constexprs = {
+            "TOPK": 2048, "SAMPLE": config.sample, "ELEMENTS": config.elements,
+            "ELEMENT_BYTES": 4 if kind == "fp32" else 2, "NUM_WARPS": config.num_warps,
+        }  # fmt: skip
+        own = signature | {"logits_ptr": f"*{kind}:16"}
+        if config.parts == 1:
+            constexprs |= {"WORDS": config.words, "SORTED": is_sorted}
+        else:
+            constexprs |= {"CAPACITY": 4032, "PART_CAPACITY": 4064, "NUM_PARTS": config.parts}
+            own = {k: v for k, v in own.items() if k != "out_ptr"} | lists
+        cases.append(
+            CompileCase(
+                name=f"row_topk[{label}]",
+                kernel=_topk_kernel if config.parts == 1 else _list_kernel,
+                signature=own,
+                constexprs=constexprs,
+                options=options,
+                must_have={"ATOMS": 3, "LDG.E.128": 4},
+            )
+        )
+    return cases
