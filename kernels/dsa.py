@@ -50,6 +50,7 @@ from dsa_bench.kernels.dsa_inputs import (
     make_decode_inputs,
     make_prefill_inputs,
 )
+from dsa_bench.kernels.indexer_topk import check_selection
 from dsa_bench.operator import Cost, Implementation, Memory, Operator, Run, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import INPUT_KINDS, RANDOM_INPUTS, Case
@@ -300,43 +301,6 @@ def check(
         compare_tensors("out", outputs.out, attended.out, DECODE_OUT_TOLERANCE),
         compare_tensors("lse", outputs.lse, attended.lse, DECODE_LSE_TOLERANCE),
         *budget_checks(actual, attended, plain),
-    )
-
-
-def check_selection(
-    logits: Tensor, topk_indices: Tensor, *, tolerance: float | None = None
-) -> Check:
-    """Keys clearly above the k-th largest logit are selected, those clearly below not; none twice.
-
-    Args:
-        logits: [rows, keys] reference logits, -inf where not visible.
-        topk_indices: [rows, topk] positions; -1 allowed where fewer than topk keys are visible.
-        tolerance: what counts as clearly; None: twice that of the indexer's logits.
-    """
-    topk_size = topk_indices.shape[1]
-    seen = logits > float("-inf")
-    if tolerance is None:
-        tolerance = 2 * indexer.logits_tolerance(logits, seen).abs
-    safe = topk_indices.long().clamp(0, logits.shape[1] - 1)
-    valid = (topk_indices == safe) & seen.gather(1, safe)
-    taken = torch.zeros_like(logits, dtype=torch.int32)
-    taken.scatter_add_(1, safe, valid.to(torch.int32))
-    num_wanted = seen.sum(1).clamp(max=topk_size)
-    best = logits.topk(min(topk_size, logits.shape[1]), dim=1).values
-    last = (num_wanted - 1).clamp(min=0)[:, None]
-    threshold = best.gather(1, last)
-    figures = {
-        "repeated": float((taken > 1).sum().item()),
-        "wrong_count": float((valid.sum(1) != num_wanted).sum().item()),
-        "stray": float((~valid & (topk_indices != -1)).sum().item()),
-        "missed": float(((taken == 0) & seen & (logits > threshold + tolerance)).sum().item()),
-        "too_low": float(((taken > 0) & (logits < threshold - tolerance)).sum().item()),
-    }
-    return Check(
-        name="topk_indices",
-        passed=not any(figures.values()),
-        figures=figures,
-        limits=dict.fromkeys(figures, 0.0),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import BUDGET_FACTOR, Check, compare_to_budget
-from dsa_bench.kernels import dsa, indexer, paged_indexer
+from dsa_bench.kernels import indexer, indexer_topk, paged_indexer
 from dsa_bench.kernels.latent_attention import LayerOutputs
 from dsa_bench.kernels.layer import DeepSeekSparseAttention
 from dsa_bench.kernels.layer_inputs import LayerInputs
@@ -100,7 +100,8 @@ def check_selection(wide: LayerInputs, inputs: LayerInputs, chosen: Tensor, rows
     exact, plain = index_logits(wide, rows), index_logits(inputs, rows)
     seen = exact > float("-inf")
     error = (plain - exact).where(seen, 0.0).abs().amax().item()
-    return dsa.check_selection(exact, chosen.flatten(0, -2), tolerance=BUDGET_FACTOR * error)
+    tolerance = BUDGET_FACTOR * error
+    return indexer_topk.check_selection(exact, chosen.flatten(0, -2), tolerance=tolerance)
 
 
 def figures(
