@@ -203,7 +203,7 @@ def choose_config(num_rows: int, num_cols: int, topk: int, num_sms: int) -> Topk
 
 def topk(
     index_logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, *,
-    sorted_indices: bool = False, config: TopkConfig | None = None,
+    sorted_indices: bool = False, out: Tensor | None = None, config: TopkConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Columns of the `topk` largest logits of each row; conventions as in `topk.py`.
 
@@ -215,6 +215,7 @@ def topk(
         topk: 1 … 4096.
         sorted_indices: write the columns of each row in ascending order: a bitmap of the columns,
             the sums of its bits and one pass more over the list for every 131072 columns.
+        out: [num_rows, topk] int32, contiguous, for the result.
         config: how to launch it; None lets `choose_config` decide.
     Returns:
         [num_rows, topk] int32, unsorted unless asked for, -1 behind the last one.
@@ -227,6 +228,10 @@ def topk(
     if not 0 < topk <= MAX_TOPK:
         raise ValueError(f"topk must be 1 … {MAX_TOPK}, got {topk}")
     num_rows, num_cols = index_logits.shape
+    if out is None:
+        out = torch.empty(num_rows, topk, dtype=torch.int32, device=index_logits.device)
+    if num_rows == 0:
+        return out
     if config is None:
         num_sms = 132
         if index_logits.is_cuda:
@@ -234,43 +239,50 @@ def topk(
             num_sms = device.multi_processor_count
         config = choose_config(num_rows, num_cols, topk, num_sms)
     launch = _launch_rows if config.parts == 1 else _launch_parts
-    return launch(index_logits, kv_start, kv_end, topk, sorted_indices, config)
-
-
-def _launch_rows(
-    logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, sorted_indices: bool,
-    config: TopkConfig,
-) -> Tensor:  # fmt: skip
-    num_rows, num_cols = logits.shape
-    out = torch.empty(num_rows, topk, dtype=torch.int32, device=logits.device)
-    if num_rows > 0:
-        _topk_kernel[(num_rows,)](
-            logits, kv_start, kv_end, out, num_cols, logits.stride(0),
-            TOPK=topk, SAMPLE=config.sample, WORDS=config.words, ELEMENTS=config.elements,
-            ELEMENT_BYTES=logits.element_size(), SORTED=sorted_indices,
-            NUM_WARPS=config.num_warps, num_warps=config.num_warps, maxnreg=config.max_registers,
-        )  # fmt: skip
+    launch(index_logits, kv_start, kv_end, out, sorted_indices, config)
     return out
 
 
-def _launch_parts(
-    logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, sorted_indices: bool,
+def _scan_constants(config: TopkConfig, element_bytes: int) -> dict[str, int]:
+    """Of both kernels that read rows. Every thread has a vector of the sample of its own."""
+    least = config.num_warps * 32 * 16 // element_bytes
+    return {
+        "SAMPLE": max(config.sample, least), "ELEMENTS": config.elements,
+        "ELEMENT_BYTES": element_bytes, "NUM_WARPS": config.num_warps,
+    }  # fmt: skip
+
+
+def _launch_rows(
+    logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
     config: TopkConfig,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
+    num_rows, num_cols = logits.shape
+    _topk_kernel[(num_rows,)](
+        logits, kv_start, kv_end, out, num_cols, logits.stride(0),
+        TOPK=out.shape[1], WORDS=config.words, SORTED=sorted_indices,
+        **_scan_constants(config, logits.element_size()),
+        num_warps=config.num_warps, maxnreg=config.max_registers,
+    )  # fmt: skip
+
+
+def _launch_parts(
+    logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
+    config: TopkConfig,
+) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
     capacity = config.words - int(SPARE_WORDS.value)
     part_capacity = capacity + int(SLACK_WORDS.value)
     lists = empty_lists(num_rows, config.parts, part_capacity, logits.device)
-    if num_rows > 0:
-        _list_kernel[(config.parts, num_rows)](
-            logits, kv_start, kv_end, lists.values, lists.columns, lists.counts, num_cols,
-            logits.stride(0),
-            TOPK=topk, SAMPLE=config.sample, CAPACITY=capacity, PART_CAPACITY=part_capacity,
-            NUM_PARTS=config.parts, ELEMENTS=config.elements, ELEMENT_BYTES=logits.element_size(),
-            NUM_WARPS=config.num_warps, num_warps=config.num_warps, maxnreg=config.max_registers,
-        )  # fmt: skip
-    return select_candidates(
-        lists, kv_start, kv_end, topk, num_cols, logits=logits, sorted_indices=sorted_indices,
+    _list_kernel[(config.parts, num_rows)](
+        logits, kv_start, kv_end, lists.values, lists.columns, lists.counts, num_cols,
+        logits.stride(0),
+        TOPK=out.shape[1], CAPACITY=capacity, PART_CAPACITY=part_capacity,
+        NUM_PARTS=config.parts, **_scan_constants(config, logits.element_size()),
+        num_warps=config.num_warps, maxnreg=config.max_registers,
+    )  # fmt: skip
+    select_candidates(
+        lists, kv_start, kv_end, out.shape[1], num_cols, logits=logits, out=out,
+        sorted_indices=sorted_indices,
         config=SelectConfig(
             num_warps=config.select_warps, elements=config.elements,
             is_dependent=config.is_dependent,
@@ -295,10 +307,8 @@ def compile_cases() -> list[CompileCase]:
     ):
         config = choose_config(num_rows, 131072, 2048, 132)
         options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
-        constexprs = {
-            "TOPK": 2048, "SAMPLE": config.sample, "ELEMENTS": config.elements,
-            "ELEMENT_BYTES": 4 if kind == "fp32" else 2, "NUM_WARPS": config.num_warps,
-        }  # fmt: skip
+        element_bytes = 4 if kind == "fp32" else 2
+        constexprs = {"TOPK": 2048, **_scan_constants(config, element_bytes)}
         own = signature | {"logits_ptr": f"*{kind}:16"}
         if config.parts == 1:
             constexprs |= {"WORDS": config.words, "SORTED": is_sorted}

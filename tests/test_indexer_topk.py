@@ -174,9 +174,11 @@ def test_emulated_rows_that_no_threshold_divides_are_done_whole(mutate):
     assert same_sets(indices, pair)
 
 
-def test_emulated_whole_logits_where_they_fit():
-    inputs = inputs_of(5, 1000, 64, mutate=hostile.indexer_ragged)
-    indices, pair, whole = emulate(inputs)
+@pytest.mark.parametrize("workspace", [2**26, 30_000])
+def test_emulated_chunks_of_logits_where_they_fit(workspace):
+    inputs = inputs_of(14, 1000, 64, mutate=hostile.indexer_ragged, workspace=workspace)
+    changes = {"indexer_topk_gluon.MANY_QUERIES": lambda _: 5}
+    indices, pair, whole = emulate(inputs, changes=changes)
     assert same_sets(indices, pair)
     assert not whole
 
