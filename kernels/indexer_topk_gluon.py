@@ -38,6 +38,8 @@ from dsa_bench.kernels.sample_thresholds import (
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "indexer_topk"
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of `ragged_logits`: index_q, index_k, index_k_scale, index_weights, kv_start, kv_end."""
 MANY_QUERIES = 512
 """As many fill the GPU. H100, 4096 queries, 64 MiB, chunks of logits / lists, ms: 32K keys 2.11 /
 2.21, 64K 6.7 / 4.2."""
@@ -110,45 +112,54 @@ def indexer_topk(
     num_queries, num_keys = index_q.shape[0], index_k.shape[0]
     out = torch.empty(num_queries, topk_size, dtype=torch.int32, device=index_q.device)
     fitting = workspace_bytes // (4 * _aligned(num_keys))
-    if fitting >= min(num_queries, MANY_QUERIES):
-        for first in range(0, num_queries, fitting):
-            own, part = _chunk(tensors, first, fitting)
-            topk(
-                ragged_logits(*own), *own[4:], topk_size,
-                sorted_indices=sorted_indices, out=out[part],
-            )  # fmt: skip
+    if fitting < min(num_queries, MANY_QUERIES):
+        _select_from_lists(tensors, out, sorted_indices, workspace_bytes)
         return out
-    sampling = choose_sampling(topk_size)
-    block_q = int(CONSUMERS.value) * choose_columns(index_q.shape[1]) // index_q.shape[1]
+    for first in range(0, num_queries, fitting):
+        part = slice(first, first + fitting)
+        logits = ragged_logits(*_queries(tensors, part))
+        start, end = kv_start[part], kv_end[part]
+        topk(logits, start, end, topk_size, sorted_indices=sorted_indices, out=out[part])
+        # before the next chunk's are made
+        del logits
+    return out
+
+
+def _queries(tensors: Arguments, part: slice) -> Arguments:
+    """The arguments for some of the queries."""
+    index_q, index_k, index_k_scale, index_weights, kv_start, kv_end = tensors
+    return index_q[part], index_k, index_k_scale, index_weights[part], kv_start[part], kv_end[part]
+
+
+def _select_from_lists(
+    tensors: Arguments, out: Tensor, sorted_indices: bool, workspace_bytes: int
+) -> None:
+    index_q, index_k, *_ = tensors
+    (num_queries, heads, _), num_keys = index_q.shape, index_k.shape[0]
+    sampling = choose_sampling(out.shape[1])
+    block_q = int(CONSUMERS.value) * choose_columns(heads) // heads
     num_sms = torch.cuda.get_device_properties(index_q.device).multi_processor_count
     failed = torch.empty(num_queries, dtype=torch.int32, device=index_q.device)
     first = 0
     while first < num_queries:
-        chunk, regions = choose_chunk(
+        size, regions = choose_chunk(
             num_queries - first, num_keys, block_q, num_sms, sampling, workspace_bytes
         )
-        own, part = _chunk(tensors, first, chunk)
+        part = slice(first, first + size)
+        own = _queries(tensors, part)
         thresholds = sample_thresholds(own, sampling)
         lists = list_candidates(own, thresholds, regions, sampling.capacity)
+        *_, start, end = own
         select_candidates(
-            lists, *own[4:], topk_size, num_keys, failed=failed[part], out=out[part],
+            lists, start, end, out.shape[1], num_keys, failed=failed[part], out=out[part],
             sorted_indices=sorted_indices, words=sampling.words, config=SELECTION,
         )  # fmt: skip
         # before those of the next chunk are made
         del lists
-        first += chunk
+        first += size
     rescue_rows(
         tensors, failed, out, sorted_indices=sorted_indices, workspace_bytes=workspace_bytes
     )
-    return out
-
-
-def _chunk(tensors: tuple[Tensor, ...], first: int, size: int) -> tuple[tuple[Tensor, ...], slice]:
-    """The arguments of `ragged_logits` for some queries, the ranges last; and which they are."""
-    part = slice(first, first + size)
-    index_q, index_k, index_k_scale, index_weights, kv_start, kv_end = tensors
-    own = index_q[part], index_k, index_k_scale, index_weights[part], kv_start[part], kv_end[part]
-    return own, part
 
 
 def run(inputs: IndexerTopkInputs) -> IndexerTopkOutputs:
