@@ -31,7 +31,8 @@ class Finding:
         return self.verdict in BAD
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": FINDING_SCHEMA, **asdict(self)}
+        cut = {"name": self.name[:MAX_INPUT_NAME]}
+        return {"schema": FINDING_SCHEMA, **asdict(self), **cut}
 
     @classmethod
     def from_json(cls, data: Any) -> "Finding":

@@ -15,7 +15,7 @@ listed, all logits of the row that equal it: so it is when each part lists what 
 threshold of the row.
 
 A row whose lists are not complete, because a part ran out of room, all parts together list fewer
-than topk, or more than `list_words(topk)` - 64, is selected from its logits, if they are given;
+than topk, or more than the words of a list less 64, is selected from its logits, if they are given;
 else its indices are all -1 and `failed` gets a 1. Rows with no more than topk columns need no
 lists.
 """
@@ -243,11 +243,13 @@ def select_candidates(
         failed: [num_rows] int32; wanted if there are no logits.
         out: contiguous, for the result.
         sorted_indices: ascending columns.
-        words: 4096 or 8192, SPARE_WORDS more than the most entries that are selected from; None: as
-            `list_words` says.
+        words: 64 more than the most entries that are selected from, a multiple of 512, at least
+            4096; None: as `list_words` says.
     Returns:
         [num_rows, topk] int32, -1 behind the last one.
     """
+    if logits is None and failed is None:
+        raise ValueError("give the logits, or failed to say which rows need them")
     num_rows, num_parts, capacity = lists.values.shape
     is_paired = lists.counts.dim() == 3
     config = SelectConfig() if config is None else config

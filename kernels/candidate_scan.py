@@ -78,7 +78,7 @@ def _begin_lists(lists, ranges, query, part, QUERIES: gl.constexpr, LOGITS: gl.c
     offs_q = query + gl.arange(0, QUERIES, gl.SliceLayout(0, LOGITS))
     exists = offs_q < ranges.num_queries
     start = gl.maximum(gl.load(ranges.start_ptr + offs_q, mask=exists, other=0), 0)
-    stop = gl.load(ranges.end_ptr + offs_q, mask=exists, other=0)
+    stop = gl.maximum(gl.load(ranges.end_ptr + offs_q, mask=exists, other=0), 0)
     length = gl.maximum(gl.minimum(stop, ranges.num_keys) - start, 0)
     threshold = gl.load(lists.threshold_ptr + offs_q, mask=exists, other=0.0)
     offs_kv = gl.arange(0, HALF, gl.SliceLayout(1, LOGITS))

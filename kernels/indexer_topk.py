@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_bench.accuracy import Check
+from dsa_bench.accuracy import Check, shape_differs
 from dsa_bench.kernels import indexer, topk
 from dsa_bench.kernels.indexer import IndexerInputs, IndexerShape
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
@@ -75,8 +75,12 @@ def reference(inputs: IndexerTopkInputs, *, rows: Tensor | None = None) -> Index
 def check(
     inputs: IndexerTopkInputs, outputs: IndexerTopkOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
-    logits = indexer.reference(inputs.scores, rows=rows).index_logits
+    """As `check_selection`, which takes a logit that is -inf or NaN for a key that is not seen."""
     actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
+    num_rows = inputs.scores.kv_start.shape[0] if rows is None else len(rows)
+    if actual.shape != (num_rows, inputs.topk):
+        return (shape_differs("topk_indices"),)
+    logits = indexer.reference(inputs.scores, rows=rows).index_logits
     return (check_selection(logits, actual),)
 
 

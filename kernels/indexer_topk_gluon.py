@@ -111,15 +111,20 @@ def indexer_topk(
         raise ValueError(f"topk must be 1 … {MAX_TOPK}, got {topk_size}")
     num_queries, num_keys = index_q.shape[0], index_k.shape[0]
     out = torch.empty(num_queries, topk_size, dtype=torch.int32, device=index_q.device)
-    fitting = workspace_bytes // (4 * _aligned(num_keys))
+    if num_queries == 0 or num_keys == 0:
+        return out.fill_(-1)
+    row_of_logits = 4 * _aligned(num_keys)
+    fitting = workspace_bytes // row_of_logits
     if fitting < min(num_queries, MANY_QUERIES):
         _select_from_lists(tensors, out, sorted_indices, workspace_bytes)
         return out
     for first in range(0, num_queries, fitting):
         part = slice(first, first + fitting)
         logits = ragged_logits(*_queries(tensors, part))
-        start, end = kv_start[part], kv_end[part]
-        topk(logits, start, end, topk_size, sorted_indices=sorted_indices, out=out[part])
+        topk(
+            logits, kv_start[part], kv_end[part], topk_size, sorted_indices=sorted_indices,
+            out=out[part], list_room=workspace_bytes - len(logits) * row_of_logits,
+        )  # fmt: skip
         # before the next chunk's are made
         del logits
     return out

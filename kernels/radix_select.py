@@ -285,3 +285,6 @@ def _write_ascending(
             bit = gl.where(here, bit, 0)
             place = load_word(2 * WORDS + (bit >> 7)) + count_bits_below(0, bit)
             gl.store(out_ptr + place, base + window + bit, mask=here)
+    # cleared, as the next row's histogram finds it
+    block_barrier()
+    bins.store(gl.zeros([BINS], gl.int32, LAYOUT))

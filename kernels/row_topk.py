@@ -15,7 +15,7 @@ Supports topk up to 4096, fp32 and bf16 logits, any row length, stride and align
 16 bytes where the tensor itself begins at a multiple of 16 bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def _list_kernel(
     stride_row,
     TOPK: gl.constexpr, SAMPLE: gl.constexpr, CAPACITY: gl.constexpr, PART_CAPACITY: gl.constexpr,
     NUM_PARTS: gl.constexpr, ELEMENTS: gl.constexpr, ELEMENT_BYTES: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    IS_DEPENDENT: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """One program: one part of a row, whose candidates it lists in global memory.
 
@@ -122,7 +122,8 @@ def _list_kernel(
     bins = memory.index(2 * WORDS // BINS)
     LAYOUT: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
     bins.store(gl.zeros([BINS], gl.int32, LAYOUT))
-    let_next_launch()
+    if IS_DEPENDENT:
+        let_next_launch()
     row = gl.program_id(1)
     part = gl.program_id(0)
     row_ptr, base, first, limit = locate_row(
@@ -170,7 +171,7 @@ class TopkConfig:
     select_warps: int = 8
     """Of the second kernel."""
     is_dependent: bool = True
-    """The second kernel is launched while the first still runs."""
+    """The second kernel is launched while the first still runs: from sm_90 on."""
 
 
 def choose_sample(length: int, topk: int) -> int:
@@ -181,7 +182,9 @@ def choose_sample(length: int, topk: int) -> int:
     return sample
 
 
-def choose_config(num_rows: int, num_cols: int, topk: int, num_sms: int) -> TopkConfig:
+def choose_config(
+    num_rows: int, num_cols: int, topk: int, num_sms: int, list_room: int | None = None
+) -> TopkConfig:
     """Many rows: a program each; few: so many parts that the GPU has two programs an SM or nearly
     so, of at least 2048 columns.
 
@@ -194,7 +197,8 @@ def choose_config(num_rows: int, num_cols: int, topk: int, num_sms: int) -> Topk
     parts = 1
     while 2 * num_rows * parts < 3 * num_sms and parts < 64 and num_cols >= 4096 * parts:
         parts *= 2
-    if parts == 1 or num_cols < words:
+    too_much = list_room is not None and num_rows * parts * 8 * words > list_room
+    if parts == 1 or num_cols < words or too_much:
         return TopkConfig(num_warps=8, sample=sample, words=words, elements=16, max_registers=80)
     return TopkConfig(
         num_warps=8, sample=sample, words=words, elements=8, parts=parts, select_warps=16
@@ -203,7 +207,8 @@ def choose_config(num_rows: int, num_cols: int, topk: int, num_sms: int) -> Topk
 
 def topk(
     index_logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, *,
-    sorted_indices: bool = False, out: Tensor | None = None, config: TopkConfig | None = None,
+    sorted_indices: bool = False, out: Tensor | None = None, list_room: int | None = None,
+    config: TopkConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Columns of the `topk` largest logits of each row; conventions as in `topk.py`.
 
@@ -216,6 +221,7 @@ def topk(
         sorted_indices: write the columns of each row in ascending order: a bitmap of the columns,
             the sums of its bits and one pass more over the list for every 131072 columns.
         out: [num_rows, topk] int32, contiguous, for the result.
+        list_room: bytes that lists of few rows may take (up to 26 MB); None: what they need.
         config: how to launch it; None lets `choose_config` decide.
     Returns:
         [num_rows, topk] int32, unsorted unless asked for, -1 behind the last one.
@@ -232,12 +238,12 @@ def topk(
         out = torch.empty(num_rows, topk, dtype=torch.int32, device=index_logits.device)
     if num_rows == 0:
         return out
+    device = torch.cuda.get_device_properties(index_logits.device)
     if config is None:
-        num_sms = 132
-        if index_logits.is_cuda:
-            device = torch.cuda.get_device_properties(index_logits.device)
-            num_sms = device.multi_processor_count
-        config = choose_config(num_rows, num_cols, topk, num_sms)
+        num_sms = device.multi_processor_count
+        config = choose_config(num_rows, num_cols, topk, num_sms, list_room)
+    if device.major < 9:
+        config = replace(config, is_dependent=False)
     launch = _launch_rows if config.parts == 1 else _launch_parts
     launch(index_logits, kv_start, kv_end, out, sorted_indices, config)
     return out
@@ -277,7 +283,8 @@ def _launch_parts(
         logits, kv_start, kv_end, lists.values, lists.columns, lists.counts, num_cols,
         logits.stride(0),
         TOPK=out.shape[1], CAPACITY=capacity, PART_CAPACITY=part_capacity,
-        NUM_PARTS=config.parts, **_scan_constants(config, logits.element_size()),
+        NUM_PARTS=config.parts, IS_DEPENDENT=config.is_dependent,
+        **_scan_constants(config, logits.element_size()),
         num_warps=config.num_warps, maxnreg=config.max_registers,
     )  # fmt: skip
     select_candidates(
@@ -313,7 +320,8 @@ def compile_cases() -> list[CompileCase]:
         if config.parts == 1:
             constexprs |= {"WORDS": config.words, "SORTED": is_sorted}
         else:
-            constexprs |= {"CAPACITY": 4032, "PART_CAPACITY": 4064, "NUM_PARTS": config.parts}
+            constexprs |= {"CAPACITY": 4032, "PART_CAPACITY": 4064}
+            constexprs |= {"NUM_PARTS": config.parts, "IS_DEPENDENT": True}
             own = {k: v for k, v in own.items() if k != "out_ptr"} | lists
         cases.append(
             CompileCase(

@@ -21,8 +21,6 @@ SIGMAS = 4.5
 """How far a sample may be off before a row has to be done again: about 1 row in 10^5."""
 LEAST_KEY = gl.constexpr(-(2**15))
 """Below all of `_bf16_key`."""
-LEAST_KEY = gl.constexpr(-(2**15))
-"""Below all of `_bf16_key`."""
 LISTING_WARPS = 4
 """Of a consumer of the scan; each lists for itself."""
 NUM_WARPS, CHUNK = 4, 4096
@@ -64,9 +62,11 @@ def _threshold_kernel(
     Found bit by bit; IS_SHORT: rows of one chunk, which stay in registers.
     """
     row = gl.program_id(0)
-    start = gl.maximum(gl.load(start_ptr + row), 0)
+    # bounded first, for int32
+    start = gl.minimum(gl.maximum(gl.load(start_ptr + row), 0), num_sampled * KEY_STEP)
+    end = gl.minimum(gl.maximum(gl.load(end_ptr + row), 0), num_sampled * KEY_STEP)
     start = (start + KEY_STEP - 1) // KEY_STEP
-    end = gl.minimum((gl.load(end_ptr + row) + KEY_STEP - 1) // KEY_STEP, num_sampled)
+    end = (end + KEY_STEP - 1) // KEY_STEP
     row_ptr = sample_ptr + row.to(gl.int64) * stride
     found = gl.to_tensor(LEAST_KEY)
     keys = _sample_keys(row_ptr, 0, start, end, stride, CHUNK, NUM_WARPS)

@@ -10,8 +10,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-MAX_VISITS = 2**31 - 1
-"""Visits are counted in int32."""
 COUNTED = gl.constexpr(512)
 """Blocks whose visits are counted at a time."""
 
@@ -71,10 +69,12 @@ def visible_tiles(ranges, block):
             exists = query < ranges.num_queries
             start = gl.maximum(gl.load(ranges.start_ptr + query, mask=exists, other=0), 0)
             stop = gl.load(ranges.end_ptr + query, mask=exists, other=0)
+            # bounded first, for int32
+            start = gl.minimum(start, ranges.num_keys * ranges.KEY_STEP)
+            stop = gl.minimum(stop, ranges.num_keys * ranges.KEY_STEP)
             if ranges.KEY_STEP > 1:
                 start = (start + ranges.KEY_STEP - 1) // ranges.KEY_STEP
                 stop = (stop + ranges.KEY_STEP - 1) // ranges.KEY_STEP
-            stop = gl.minimum(stop, ranges.num_keys)
             is_empty = start >= stop
             first = gl.minimum(first, gl.where(is_empty, ranges.num_keys, start))
             end = gl.maximum(end, gl.where(is_empty, 0, stop))

@@ -117,17 +117,20 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 
 def standings(found: tuple[Ranking, ...]) -> dict[str, tuple[int, int, float]]:
-    """impl, with its mark -> (shapes at which it leads, shapes at which it has a time, geometric
-    mean of its time over that of the fastest there), the best mean first."""
+    """impl, with its mark if it has one -> (shapes at which it leads, shapes at which it has a
+    time, geometric mean of its time over that of the fastest there), the best mean first."""
     ratios: dict[str, list[float]] = {}
     led: dict[str, int] = {}
+    names: dict[str, str] = {}
     for ranking in found:
         for place in ranking.places:
-            ratios.setdefault(place.name, []).append(place.seconds / ranking.places[0].seconds)
-            led[place.name] = led.get(place.name, 0) + (place.impl in ranking.leaders)
+            ratios.setdefault(place.impl, []).append(place.seconds / ranking.places[0].seconds)
+            led[place.impl] = led.get(place.impl, 0) + (place.impl in ranking.leaders)
+            # a mark is longer than none
+            names[place.impl] = max(names.get(place.impl, ""), place.name, key=len)
     means = {impl: math.exp(sum(map(math.log, r)) / len(r)) for impl, r in ratios.items()}
     return {
-        impl: (led[impl], len(ratios[impl]), means[impl])
+        names[impl]: (led[impl], len(ratios[impl]), means[impl])
         for impl in sorted(means, key=lambda name: means[name])
     }
 

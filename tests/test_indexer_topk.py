@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsa_bench.kernels import indexer, indexer_topk_gluon, sample_thresholds, topk
+from dsa_bench.kernels import (
+    candidate_list,
+    indexer,
+    indexer_topk_gluon,
+    row_topk,
+    sample_thresholds,
+    topk,
+)
 from dsa_bench.kernels.indexer import IndexerShape
 from dsa_bench.kernels.indexer_topk import (
     OPERATOR,
@@ -54,6 +61,17 @@ def periodic(scores):
     return replace(scores, index_k_scale=scale)
 
 
+def far_ranges(scores):
+    """Ends at the least and largest int32, which must not wrap where they are rounded."""
+    far, none = 2**31 - 1, -(2**31)
+    start, end = scores.kv_start.clone(), scores.kv_end.clone()
+    start[1::5], end[1::5] = far, far
+    start[2::5], end[2::5] = none, far
+    start[3::5], end[3::5] = far, 7
+    start[4::5], end[4::5] = 5, none
+    return replace(scores, kv_start=start, kv_end=end)
+
+
 def two_valued(scores):
     """Half of the keys are one key, half another."""
     keys = torch.arange(len(scores.index_k), device=scores.index_k.device) % 2
@@ -76,6 +94,7 @@ WRONG = {
     "a later key": lambda x: x + 1,
     "rows swapped": lambda x: x.flip(0),
     "one repeated": lambda x: torch.cat([x[:, :1], x[:, :-1]], 1),
+    "too few columns": lambda x: x[:, :1],
     "one missing": lambda x: torch.cat([x[:, :-1], torch.full_like(x[:, :1], -1)], 1),
     "the first ones": lambda x: torch.arange(x.shape[1], dtype=torch.int32).expand_as(x),
 }
@@ -183,6 +202,56 @@ def test_emulated_chunks_of_logits_where_they_fit(workspace):
     assert not whole
 
 
+@pytest.mark.parametrize("capacity", [None, 8])
+@pytest.mark.parametrize("mutate", [constant, hostile.plain])
+def test_emulated_sorted_indices_ascend(mutate, capacity, monkeypatch):
+    """Of rows that are done whole too, of which each program has several; with lists too short all
+    are."""
+    inputs = inputs_of(20, 3000, 64, workspace=100_000, mutate=mutate, seed=6)
+    with emulated_gluon(seed=5, num_sms=3) as emulated, hostile.poisoned_outputs():
+        tensors = [getattr(inputs.scores, name) for name in inputs.scores.__slots__]
+        kernel = emulated.load(KERNEL)
+        if capacity is not None:
+            sampling = replace(kernel.choose_sampling(64), capacity=capacity)
+            monkeypatch.setattr(kernel, "choose_sampling", lambda _: sampling)
+        indices = kernel.indexer_topk(*tensors, 64, sorted_indices=True, workspace_bytes=100_000)
+        pair = emulated.load("dsa_bench.kernels.ragged_logits").ragged_logits(*tensors)
+    ranges = inputs.scores.kv_start, inputs.scores.kv_end
+    expected = topk.reference(topk.TopkInputs(pair, *ranges, 64, sorted_indices=True))
+    assert torch.equal(indices, expected.topk_indices)
+
+
+@pytest.mark.parametrize("workspace", [2**26, 100_000])
+def test_emulated_ranges_far_outside_of_the_keys(workspace):
+    inputs = inputs_of(12, 2000, 64, workspace=workspace, mutate=far_ranges, seed=7)
+    indices, pair, whole = emulate(inputs)
+    assert same_sets(indices, pair)
+    assert not whole
+
+
+def test_nothing_to_select_from_gives_no_index():
+    inputs = inputs_of(5, 12, 3)
+    scores = inputs.scores
+    no_keys = replace(scores, index_k=scores.index_k[:0], index_k_scale=scores.index_k_scale[:0])
+    assert (indexer_topk_gluon.run(replace(inputs, scores=no_keys)).topk_indices == -1).all()
+    names = ("index_q", "index_weights", "kv_start", "kv_end")
+    no_queries = replace(scores, **{name: getattr(scores, name)[:0] for name in names})
+    assert indexer_topk_gluon.run(replace(inputs, scores=no_queries)).topk_indices.shape == (0, 3)
+
+
+def test_lists_that_need_the_selection_elsewhere_want_to_be_told():
+    lists = candidate_list.empty_lists(2, 1, 64, torch.device("cpu"))
+    ends = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="give the logits, or failed"):
+        candidate_list.select_candidates(lists, ends, ends, 8, 100)
+
+
+@pytest.mark.parametrize("room", [None, 2**26, 100_000])
+def test_lists_of_few_rows_keep_to_their_room(room):
+    config = row_topk.choose_config(32, 131072, 2048, 132, room)
+    assert (config.parts > 1) is (room != 100_000)
+
+
 BROKEN = {
     "a threshold too high": {
         "indexer_topk_gluon.choose_sampling": lambda f: lambda k: replace(f(k), rank=1)
@@ -245,7 +314,9 @@ GPU_SHAPES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mutate", [hostile.plain, hostile.indexer_ragged, hostile.indexer_silent])
+@pytest.mark.parametrize(
+    "mutate", [hostile.plain, hostile.indexer_ragged, hostile.indexer_silent, far_ranges]
+)
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_gpu_is_right_and_the_same_each_time(shape, mutate):
     implementation = hostile.runnable("indexer_topk", "gluon", shape)
