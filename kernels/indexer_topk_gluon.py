@@ -145,6 +145,7 @@ def _select_from_lists(
     block_q = int(CONSUMERS.value) * choose_columns(heads) // heads
     num_sms = torch.cuda.get_device_properties(index_q.device).multi_processor_count
     failed = torch.empty(num_queries, dtype=torch.int32, device=index_q.device)
+    workspace_bytes -= failed.nbytes
     first = 0
     while first < num_queries:
         size, regions = choose_chunk(

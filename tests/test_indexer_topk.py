@@ -340,8 +340,9 @@ def test_gpu_rows_that_no_threshold_divides(mutate):
 
 
 @pytest.mark.gpu
-def test_gpu_holds_no_more_than_its_workspace():
-    shape = shape_of(2048, 131_072, 2048)
+@pytest.mark.parametrize("num_keys", [131_072, 2**20])
+def test_gpu_holds_no_more_than_its_workspace(num_keys):
+    shape = shape_of(2048, num_keys, 2048)
     implementation = hostile.runnable("indexer_topk", "gluon", shape)
     inputs: IndexerTopkInputs = OPERATOR.make_inputs(shape, seed=0, device="cuda")
     implementation.run(inputs)
@@ -350,4 +351,4 @@ def test_gpu_holds_no_more_than_its_workspace():
     before = torch.cuda.memory_allocated()
     outputs = implementation.run(inputs)
     grown = torch.cuda.max_memory_allocated() - before - outputs.topk_indices.nbytes
-    assert grown <= shape.workspace_bytes + 2**20
+    assert grown <= shape.workspace_bytes + 4096  # allocations are rounded up
