@@ -161,10 +161,10 @@ def same_sets(a, b):
 EMULATED = [
     # (queries, keys, topk, heads, precision, workspace, SMs, scores): one chunk or several, rows
     # shared by two programs and by many
-    (20, 3000, 40, 64, "fp8", 150_000, 3, hostile.plain),
-    (17, 2500, 64, 64, "bf16", 150_000, 9, hostile.indexer_ragged),
-    (9, 5000, 64, 64, "fp8", 150_000, 20, hostile.plain),
-    (40, 1700, 33, 16, "fp8", 250_000, 2, hostile.indexer_ragged),
+    (12, 1500, 40, 64, "fp8", 60_000, 3, hostile.plain),
+    (17, 1300, 64, 64, "bf16", 60_000, 9, hostile.indexer_ragged),
+    (9, 2500, 64, 64, "fp8", 60_000, 20, hostile.plain),
+    (36, 900, 33, 16, "fp8", 120_000, 2, hostile.indexer_ragged),
 ]
 
 
@@ -187,7 +187,7 @@ def test_emulated_finds_what_the_separate_kernels_find(
 
 @pytest.mark.parametrize("mutate", [constant, two_valued, periodic, hostile.indexer_silent])
 def test_emulated_rows_that_no_threshold_divides_are_done_whole(mutate):
-    inputs = inputs_of(20, 3000, 64, workspace=150_000, mutate=mutate, seed=2)
+    inputs = inputs_of(10, 1500, 64, workspace=50_000, mutate=mutate, seed=2)
     indices, pair, whole = emulate(inputs, seed=1)
     assert whole
     assert same_sets(indices, pair)
@@ -207,14 +207,14 @@ def test_emulated_chunks_of_logits_where_they_fit(workspace):
 def test_emulated_sorted_indices_ascend(mutate, capacity, monkeypatch):
     """Of rows that are done whole too, of which each program has several; with lists too short all
     are."""
-    inputs = inputs_of(20, 3000, 64, workspace=100_000, mutate=mutate, seed=6)
-    with emulated_gluon(seed=5, num_sms=3) as emulated, hostile.poisoned_outputs():
+    inputs = inputs_of(9, 1200, 64, workspace=40_000, mutate=mutate, seed=6)
+    with emulated_gluon(seed=5, num_sms=2) as emulated, hostile.poisoned_outputs():
         tensors = [getattr(inputs.scores, name) for name in inputs.scores.__slots__]
         kernel = emulated.load(KERNEL)
         if capacity is not None:
             sampling = replace(kernel.choose_sampling(64), capacity=capacity)
             monkeypatch.setattr(kernel, "choose_sampling", lambda _: sampling)
-        indices = kernel.indexer_topk(*tensors, 64, sorted_indices=True, workspace_bytes=100_000)
+        indices = kernel.indexer_topk(*tensors, 64, sorted_indices=True, workspace_bytes=40_000)
         pair = emulated.load("dsa_bench.kernels.ragged_logits").ragged_logits(*tensors)
     ranges = inputs.scores.kv_start, inputs.scores.kv_end
     expected = topk.reference(topk.TopkInputs(pair, *ranges, 64, sorted_indices=True))
@@ -265,7 +265,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_emulated_a_bad_guess_costs_time_alone(name):
     """Whatever sampling says, the result is exact: rows are done whole."""
-    inputs = inputs_of(9, 3000, 64, workspace=100_000, seed=3)
+    inputs = inputs_of(9, 1500, 64, workspace=50_000, seed=3)
     indices, pair, whole = emulate(inputs, changes=BROKEN[name])
     assert len(whole) == 9
     assert same_sets(indices, pair)
