@@ -278,15 +278,15 @@ def compile_cases() -> list[CompileCase]:
         "logits_ptr": "*fp32:16", "kv_start_ptr": "*i32:16", "kv_end_ptr": "*i32:16",
         "out_ptr": "*i32:16", "failed_ptr": "*i32:16", "num_cols": "i32:16", "stride_row": "i32:16",
     }  # fmt: skip
-    config = SelectConfig()
+    config = SelectConfig(num_warps=16)
     return [
         CompileCase(
             name=f"candidate_list[{label}]",
             kernel=_select_kernel,
             signature=signature | {"logits_ptr": f"*{kind}:16"},
             constexprs={
-                "TOPK": 2048, "PART_CAPACITY": 4064, "NUM_PARTS": parts,
-                "IS_PAIRED": not has_logits, "WORDS": 4096,
+                "TOPK": 2048, "PART_CAPACITY": capacity, "NUM_PARTS": parts,
+                "IS_PAIRED": not has_logits, "WORDS": words,
                 "ELEMENTS": config.elements, "ELEMENT_BYTES": 4 if kind == "fp32" else 2,
                 "SORTED": is_sorted, "HAS_LOGITS": has_logits, "IS_DEPENDENT": True,
                 "NUM_WARPS": config.num_warps,
@@ -294,9 +294,10 @@ def compile_cases() -> list[CompileCase]:
             options={"num_warps": config.num_warps, "maxnreg": config.max_registers},
             must_have={"ATOMS": 3, "SHFL": 10},
         )
-        for label, kind, parts, is_sorted, has_logits in (
-            ("plain", "fp32", 16, False, True),
-            ("bf16-sorted", "bf16", 64, True, True),
-            ("no-logits", "fp32", 4, False, False),
+        for label, kind, parts, capacity, words, is_sorted, has_logits in (
+            ("plain", "fp32", 8, 4064, 4096, False, True),
+            ("bf16-sorted", "bf16", 64, 4064, 4096, True, True),
+            # as `indexer_topk_gluon.py` launches it
+            ("no-logits", "fp32", 8, 1440, 5632, False, False),
         )
     ]  # fmt: skip

@@ -30,6 +30,8 @@ from dsa_bench.kernels.logit_tiles import (
 from dsa_bench.kernels.sample_thresholds import LISTING_WARPS, choose_sampling
 from dsa_bench.kernels.visible_tiles import share_of_program
 
+WARPS = gl.constexpr(LISTING_WARPS)
+
 
 @aggregate
 class Lists:
@@ -82,7 +84,9 @@ def _begin_lists(lists, ranges, query, part, QUERIES: gl.constexpr, LOGITS: gl.c
     length = gl.maximum(gl.minimum(stop, ranges.num_keys) - start, 0)
     threshold = gl.load(lists.threshold_ptr + offs_q, mask=exists, other=0.0)
     offs_kv = gl.arange(0, HALF, gl.SliceLayout(1, LOGITS))
-    number = (offs_q * lists.REGIONS + part // 2)[None, :] * 4 + (offs_kv // 16)[:, None]
+    # a warp has 16 keys of each half tile
+    region = offs_q * lists.REGIONS + part // 2
+    number = region[None, :] * WARPS + (offs_kv // (HALF // WARPS))[:, None]
     return Listing(
         threshold[None, :], start[None, :], length[None, :], number, number * 0, part & 1
     )

@@ -11,7 +11,7 @@ Conventions: those of `indexer.py` and `topk.py`; of equal logits the lowest pos
 more than `workspace_bytes` are held beside inputs and outputs, at any number of keys: the logits of
 4096 queries over 128K keys alone would be 2 GiB.
 
-Source: DeepSeek-V3.2 report, section 2.1 (indexer and fine-grained token selection).
+Source: DeepSeek-V3.2 report, section 1 (lightning indexer, token selection).
 """
 
 from dataclasses import dataclass

@@ -29,7 +29,6 @@ from dsa_bench.kernels.logit_tiles import (
     HEADS_TAKEN,
     INDEX_DIM,
     LOADER_REGISTERS,
-    Ring,
     allocate_tiles,
     choose_ring,
     load,
@@ -141,7 +140,6 @@ def ragged_logits(
     *,
     logits_dtype: torch.dtype = torch.float32,
     key_step: int = 1,
-    ring: Ring | None = None,
 ) -> Tensor:
     """Index logits; formula and conventions as in `indexer.py`.
 
@@ -168,7 +166,7 @@ def ragged_logits(
     logits = torch.empty(num_queries, stride, dtype=logits_dtype, device=index_q.device)
     if logits.numel() == 0:
         return logits[:, :num_keys]
-    ring = ring or choose_ring(index_q.dtype)
+    ring = choose_ring(index_q.dtype)
     num_sms = torch.cuda.get_device_properties(index_q.device).multi_processor_count
     _logits_kernel[(num_sms,)](
         *tile_descriptors(index_q, index_k[::key_step]), index_k_scale, index_weights,

@@ -1,9 +1,9 @@
 """Rows whose lists of candidates were not complete, done whole: for Hopper in Gluon.
 
 A program takes one such row after the other: it scores all keys that the row sees into a row of
-scratch memory, by the same arithmetic as `logit_scores.py`, and selects from it exactly. Slow, 0.4
-ms a row of 128K keys and program, and seldom needed: thousands of equal logits at the threshold, or
-an order of keys that the sample is blind to.
+scratch memory, by the same arithmetic as `logit_scores.py`, and selects from it exactly. Slow, for
+nothing is loaded ahead, and seldom needed: thousands of equal logits at the threshold, or an order
+of keys that the sample is blind to.
 """
 
 import torch

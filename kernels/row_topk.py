@@ -6,8 +6,8 @@ selection in the list finds the exact set, equal values by the lowest column, an
 written. A list that came out too short or too long, or a row that no threshold can divide
 (thousands of equal values), is done digit by digit, in two to five more passes.
 
-Many rows: one program does all three for its row, and four to six programs on an SM hide each
-other's waits. Few rows: each row is shared out over several programs that take the same sample and
+Many rows: one program does all three for its row, and three programs on an SM hide each other's
+waits. Few rows: each row is shared out over several programs that take the same sample and
 so the same threshold, list what reaches it in their part in global memory, and end; a second kernel
 does (3) with one program a row (`candidate_list.py`).
 

@@ -18,7 +18,8 @@ from dsa_bench.kernels.radix_select import SPARE_WORDS
 from dsa_bench.kernels.ragged_logits import ragged_logits
 
 SIGMAS = 4.5
-"""How far a sample may be off before a row has to be done again: about 1 row in 10^5."""
+"""How far a sample may be off before a row has to be done again: of random logits 1 in 10^5, by
+the normal distribution."""
 LEAST_KEY = gl.constexpr(-(2**15))
 """Below all of `_bf16_key`."""
 LISTING_WARPS = 4

@@ -1,0 +1,305 @@
+"""Top-k: every implementation, emulated and on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsa_bench.kernels import candidate_list, row_topk, topk_gluon
+from dsa_bench.kernels.topk import OPERATOR, TopkInputs, TopkOutputs
+from dsa_bench.operator import Machine
+from dsa_bench.preset import PRESETS
+from dsa_bench.record import Case
+from tests import hostile
+from tests.gluon_emulator import emulated_gluon
+from tests.topk_rows import KINDS, assert_stable, full
+
+INF, NAN = float("inf"), float("nan")
+A100 = Machine(device="cuda", name="A100", capability=(8, 0), num_sms=108)
+CPU = Machine(device="cpu", name="a CPU")
+
+
+MISTAKES = [
+    ("index_logits", lambda x: x.half(), TypeError, "index_logits must be float32 or bfloat16"),
+    ("index_logits", lambda x: x[0], ValueError, "index_logits must be float32 or bfloat16 .num"),
+    ("index_logits", lambda x: x[:, ::2], ValueError, "index_logits must be contiguous in its la"),
+    ("kv_start", lambda x: x.long(), TypeError, "kv_start must be int32"),
+    ("kv_end", lambda x: x[:2], ValueError, "kv_end must be int32 .num_rows=3"),
+    ("topk", lambda x: 0, ValueError, "topk must be 1 … 4096, got 0"),
+    ("topk", lambda x: 4097, ValueError, "topk must be 1 … 4096, got 4097"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "sentence"), MISTAKES, ids=hostile.slugs(MISTAKES)
+)
+def test_gluon_refuses(name, change, kind, sentence):
+    inputs = OPERATOR.make_inputs(full(3, 40, 4), seed=0, device="cpu")
+    with pytest.raises(kind, match=sentence):
+        topk_gluon.run(replace(inputs, **{name: change(getattr(inputs, name))}))
+
+
+def test_gluon_supports_says_why_not():
+    assert topk_gluon.supports(full(1, 4096, 2048), A100) is None
+    assert "sm_80 or newer, this is a CPU" in topk_gluon.supports(full(1, 4096, 2048), CPU)
+    reason = topk_gluon.supports(full(1, 8192, 4097), A100)
+    assert reason == "gluon topk takes topk up to 4096, this case has 4097"
+
+
+def emulate(inputs, seed, **options):
+    """By the kernels' own choice, or with some fields of it changed."""
+    with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
+        if not options:
+            return emulated.load("dsa_bench.kernels.topk_gluon").run(inputs)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        rows, cols = inputs.index_logits.shape
+        config = replace(kernels.choose_config(rows, cols, inputs.topk, 132), **options)
+        return TopkOutputs(
+            kernels.topk(
+                inputs.index_logits, inputs.kv_start, inputs.kv_end, inputs.topk,
+                sorted_indices=inputs.sorted_indices, config=config,
+            )
+        )  # fmt: skip
+
+
+WAYS = {
+    "one": {"parts": 1, "num_warps": 8, "elements": 8},
+    "one-sorted": {"parts": 1, "num_warps": 4, "elements": 16},
+    "parts": {"parts": 4, "num_warps": 4, "elements": 8, "select_warps": 4},
+    "parts-sorted": {"parts": 2, "num_warps": 8, "elements": 8, "select_warps": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gluon_emulated(kind, way):
+    """A program for each row, and several: with a threshold, and digit by digit without one."""
+    mutate = hostile.MUTATIONS["topk"].get(kind, hostile.plain)
+    seed, cols, topk = (0, 9000, 512) if "one" in way else (1, 9997, 2048)
+    inputs = mutate(OPERATOR.make_inputs(full(6, cols, topk), seed=seed, device="cpu"))
+    inputs = replace(inputs, sorted_indices=inputs.sorted_indices or "sorted" in way)
+    assert_stable(inputs, emulate(inputs, seed, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["plain", "far", "one-cluster", "plateau"])
+def test_gluon_emulated_reads_usual_rows_once(kind, way, monkeypatch):
+    """A threshold divides them: none is done digit by digit, but for rows of one value."""
+    seed, options = 11, WAYS[way]
+    inputs = OPERATOR.make_inputs(full(3, 9000, 512), seed=seed, device="cpu")
+    # of the plateaus, the one that begins below the 512 largest
+    logits = hostile.TOPK_ROWS.get(kind, hostile.plain)(inputs.index_logits)[1:2]
+    inputs = replace(inputs, kv_start=inputs.kv_start[1:2], kv_end=inputs.kv_end[1:2])
+
+    def refuse(*args):
+        raise RuntimeError("digit by digit")
+
+    with emulated_gluon(seed=seed) as emulated:
+        monkeypatch.setattr(emulated.load("dsa_bench.kernels.row_scan"), "divide_row", refuse)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        config = replace(kernels.choose_config(1, 9000, 512, 132), **options)
+        ranges = (inputs.kv_start, inputs.kv_end, 512)
+        out = kernels.topk(logits, *ranges, config=config)
+        with pytest.raises(RuntimeError, match="digit by digit"):
+            kernels.topk(torch.ones_like(logits), *ranges, config=config)
+    assert_stable(replace(inputs, index_logits=logits), TopkOutputs(out))
+
+
+@pytest.mark.parametrize("way", ["one", "parts"])
+@pytest.mark.parametrize("listed", [0, 511, 512, 4032, 4033, 9000])
+def test_gluon_emulated_with_a_threshold_that_lists_so_many(listed, way, monkeypatch):
+    """A list that is too short, just full, or too long; the row is right all the same."""
+    inputs = OPERATOR.make_inputs(full(1, 9000, 512), seed=12, device="cpu")
+    values = inputs.index_logits[0].sort(descending=True).values
+    with emulated_gluon(seed=12) as emulated:
+        depth = emulated.load("dsa_bench.kernels.row_scan").depth_of(values)
+        kernels = emulated.load("dsa_bench.kernels.row_topk")
+        threshold = depth[listed - 1] if listed else depth[0] - 1
+        monkeypatch.setattr(
+            kernels, "choose_threshold", lambda *_: (threshold, torch.tensor(1, dtype=torch.int32))
+        )
+        config = replace(kernels.choose_config(1, 9000, 512, 132), **WAYS[way])
+        out = kernels.topk(
+            inputs.index_logits, inputs.kv_start, inputs.kv_end, 512, config=config
+        )  # fmt: skip
+    assert_stable(inputs, TopkOutputs(out))
+
+
+@pytest.mark.parametrize("topk", [1, 3, 257, 3000, 4096])
+@pytest.mark.parametrize("cols", [4300, 8300])
+def test_gluon_emulated_for_any_topk(topk, cols):
+    inputs = OPERATOR.make_inputs(full(2, cols, topk), seed=topk, device="cpu")
+    assert_stable(inputs, emulate(inputs, topk))
+
+
+@pytest.mark.parametrize("way", ["one", "parts"])
+def test_gluon_emulated_looks_at_nothing_outside_the_range(way):
+    inputs = OPERATOR.make_inputs(full(8, 6001, 300), seed=4, device="cpu")
+    start = torch.tensor([1, 2, 3, 5, 6, 7, 1001, 999], dtype=torch.int32)
+    end = start + torch.tensor([4990, 4032, 4033, 4096, 4097, 301, 300, 299], dtype=torch.int32)
+    columns = torch.arange(6001)
+    outside = (columns < start[:, None]) | (columns >= end[:, None])
+    for filler in (NAN, INF):
+        logits = inputs.index_logits.masked_fill(outside, filler)
+        spoiled = replace(inputs, index_logits=logits, kv_start=start, kv_end=end)
+        assert_stable(spoiled, emulate(spoiled, 5, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", ["one", "parts"])
+def test_gluon_emulated_clamps_the_range(way):
+    inputs = OPERATOR.make_inputs(full(5, 700, 300), seed=6, device="cpu")
+    start = torch.tensor([-5, -(2**31), 650, 7, 2**31 - 1], dtype=torch.int32)
+    end = torch.tensor([701, 2**31 - 1, 9999, -(2**31), -(2**31)], dtype=torch.int32)
+    wild = replace(inputs, kv_start=start, kv_end=end)
+    assert_stable(wild, emulate(wild, 7, **WAYS[way]))
+
+
+def test_gluon_emulated_sorts_rows_longer_than_one_bitmap():
+    inputs = OPERATOR.make_inputs(full(1, 300000, 700), seed=8, device="cpu")
+    inputs = replace(inputs, sorted_indices=True, kv_start=inputs.kv_start + 5)
+    assert_stable(inputs, emulate(inputs, 8, parts=1))
+
+
+@pytest.mark.parametrize("length", [1, 5000, 131072, 2**20])
+def test_gluon_config_fits_the_case(length):
+    for num_rows in (1, 32, 128, 4096):
+        for topk in (1, 512, 2048, 4096):
+            config = row_topk.choose_config(num_rows, length, topk, 132)
+            assert topk + 64 < config.words
+            assert config.parts <= candidate_list.MAX_PARTS
+            if config.parts > 1:
+                # of at least 2048 columns, and no more than fill the machine
+                assert length >= 2048 * config.parts and num_rows * config.parts < 4 * 132
+
+
+def lists_of(inputs, num_parts, capacity, threshold):
+    """Lists as another kernel might write them: what reaches the threshold, in parts of the row."""
+    rows, cols = inputs.index_logits.shape
+    lists = candidate_list.empty_lists(rows, num_parts, capacity, torch.device("cpu"))
+    lists.values.fill_(NAN)
+    lists.columns.fill_(-7)
+    each = -(-cols // num_parts)
+    for row in range(rows):
+        reaches = inputs.index_logits[row] >= threshold
+        for part in range(num_parts):
+            found = reaches.nonzero().flatten()
+            found = found[found // each == part].flip(0)
+            lists.counts[row, part] = len(found)
+            kept = found[:capacity]
+            lists.values[row, part, : len(kept)] = inputs.index_logits[row, kept]
+            lists.columns[row, part, : len(kept)] = kept.int()
+    return lists
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 16, 128])
+@pytest.mark.parametrize("has_logits", [True, False], ids=["logits", "no-logits"])
+def test_lists_of_another_kernel(num_parts, has_logits):
+    inputs = OPERATOR.make_inputs(full(3, 6000, 500), seed=9, device="cpu")
+    inputs = hostile.topk_rows("ties")(inputs)
+    inputs.kv_start[:], inputs.kv_end[:] = 0, torch.tensor([6000, 400, 6000])
+    inputs.index_logits[2, 100:] -= 9
+    failed = torch.full((3,), 77, dtype=torch.int32)
+    lists = lists_of(inputs, num_parts, 1000, 1.25)
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        out = select(
+            lists, inputs.kv_start, inputs.kv_end, 500, 6000,
+            logits=inputs.index_logits if has_logits else None, failed=failed,
+        )  # fmt: skip
+    expected = replace(inputs, sorted_indices=False)
+    if has_logits:
+        assert_stable(expected, TopkOutputs(out))
+        assert failed.tolist() == [77] * 3
+        return
+    # the third row lists fewer than topk, and has no logits to be selected from; the second needs
+    # no list
+    assert failed.tolist() == [0, 0, 1] and (out[2] == -1).all()
+    first = replace(
+        expected, index_logits=inputs.index_logits[:2], kv_start=inputs.kv_start[:2],
+        kv_end=inputs.kv_end[:2],
+    )  # fmt: skip
+    assert_stable(first, TopkOutputs(out[:2]))
+
+
+def test_a_list_that_names_a_column_twice_ends():
+    inputs = OPERATOR.make_inputs(full(1, 3000, 100), seed=3, device="cpu")
+    lists = lists_of(inputs, 2, 400, 1.0)
+    lists.values[0, :, 0], lists.columns[0, :, 0] = inputs.index_logits.max() + 1, 7
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        failed = torch.empty(1, dtype=torch.int32)
+        # within its bounds, which the emulator watches
+        select(lists, inputs.kv_start, inputs.kv_end, 1, 3000, failed=failed)
+    assert failed.tolist() == [0]
+
+
+def test_a_list_that_ran_over_has_failed():
+    inputs = OPERATOR.make_inputs(full(2, 3000, 100), seed=3, device="cpu")
+    lists = lists_of(inputs, 4, 150, 1.0)
+    assert lists.counts.sum(1).min() >= 100
+    lists.counts[1, 2] = 151
+    failed = torch.empty(2, dtype=torch.int32)
+    with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
+        select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
+        out = select(lists, inputs.kv_start, inputs.kv_end, 100, 3000, failed=failed)
+    assert failed.tolist() == [0, 1]
+    assert out[0].min() >= 0 and (out[1] == -1).all()
+
+
+SHAPES = [
+    full(16, 8192, 2048), full(16, 20000, 512), full(16, 131072, 2048), full(16, 4100, 2048),
+    full(9, 300000, 1024), full(64, 5000, 1), full(7, 4999, 257), full(33, 2048, 2048),
+    full(5, 65537, 4096), full(5, 9000, 300), full(300, 40000, 2048), full(2, 2**20, 2048),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "shape", "mutate"), hostile.cases("topk", SHAPES))
+def test_topk_matches_reference(name, shape, mutate):
+    hostile.assert_implementation("topk", name, shape, mutate)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", hostile.names("topk"))
+def test_topk_selects_the_same_twice(name):
+    inputs = OPERATOR.make_inputs(SHAPES[2], seed=2, device="cuda")
+    run = hostile.runnable("topk", name, SHAPES[2]).run
+    first, second = (run(inputs).topk_indices.sort(1).values for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=hostile.label)
+def test_gluon_takes_the_lowest_columns(shape, kind):
+    implementation = hostile.runnable("topk", "gluon", shape)
+    inputs = OPERATOR.make_inputs(shape, seed=1, device="cuda")
+    inputs = hostile.MUTATIONS["topk"].get(kind, hostile.plain)(inputs)
+    expected = OPERATOR.reference(replace(inputs, sorted_indices=True)).topk_indices
+    actual = implementation.run(replace(inputs, sorted_indices=True)).topk_indices
+    assert torch.equal(actual, expected)
+    unsorted = implementation.run(replace(inputs, sorted_indices=False)).topk_indices
+    assert torch.equal(unsorted.sort(1).values, expected.sort(1).values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", hostile.names("topk"))
+def test_topk_of_a_causal_chunk(name):
+    case = Case(op="topk", impl=name, phase="prefill", seq_len_kv=8192, seq_len_q=4096, topk=2048)
+    shape = OPERATOR.shape(case, PRESETS["v3.2"])
+    hostile.assert_implementation("topk", name, shape, hostile.plain)
+
+
+# torch's own copies of so large a tensor leave no room for tests that run beside this one
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in hostile.names("topk") if name != "torch"])
+def test_topk_reads_logits_beyond_2_31_elements(name):
+    shape = full(2**31 // 131072 + 20, 131072, 2048)
+    implementation = hostile.runnable("topk", name, shape)
+    logits = torch.zeros(shape.num_rows, shape.num_cols, device="cuda")
+    logits[-20:].normal_(generator=torch.Generator(device="cuda").manual_seed(0))
+    end = torch.full((shape.num_rows,), shape.num_cols, dtype=torch.int32, device="cuda")
+    end[:-20] = 0
+    inputs = TopkInputs(logits, torch.zeros_like(end), end, shape.topk)
+    rows = torch.arange(shape.num_rows - 30, shape.num_rows, device="cuda")
+    hostile.assert_right("topk", inputs, implementation.run(inputs), rows)
