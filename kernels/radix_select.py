@@ -176,6 +176,8 @@ def select_entries(
     No key is below `least_key` or above `best`, no column as large as `span`.
     """
     CHUNK: gl.constexpr = NUM_WARPS * 32 * LIST_UNROLL
+    # what is read behind the columns is the histogram, and no further
+    gl.static_assert((WORDS + CHUNK - 1) // CHUNK * CHUNK <= WORDS + BINS)
     slots = list_slots(NUM_WARPS)
     shift = first_shift(best - least_key, LEAST_SHIFT)
     low = 0

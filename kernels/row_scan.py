@@ -40,9 +40,15 @@ MINUS_INFINITY_DEPTH = gl.constexpr(0xFF800000)
 def locate_row(
     logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR: gl.constexpr
 ):
-    """(pointer of position 0, column of position 0, first, limit)."""
+    """`locate_columns` of the row's range."""
     start = gl.minimum(gl.maximum(gl.load(kv_start_ptr + row), 0), num_cols)
     end = gl.maximum(gl.minimum(gl.load(kv_end_ptr + row), num_cols), start)
+    return locate_columns(logits_ptr, row, start, end, stride_row, VECTOR)
+
+
+@gluon.jit
+def locate_columns(logits_ptr, row, start, end, stride_row, VECTOR: gl.constexpr):
+    """(pointer of position 0, column of position 0, first, limit)."""
     address = row.to(gl.int64) * stride_row + start
     aligned = address // VECTOR * VECTOR
     first = (address - aligned).to(gl.int32)
@@ -96,12 +102,10 @@ def loaded_together(x, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def sample_threshold(
-    bins, row_ptr, limit, rank,
-    SAMPLE: gl.constexpr, VECTOR: gl.constexpr, WORDS: gl.constexpr, NUM_WARPS: gl.constexpr,
-):  # fmt: skip
-    """(depth, elements above its bin, elements up to it): of SAMPLE logits, evenly spread over the
-    row, `rank` have at most this depth, to 20 bits.
+def load_sample(
+    row_ptr, limit, SAMPLE: gl.constexpr, VECTOR: gl.constexpr, NUM_WARPS: gl.constexpr
+):
+    """SAMPLE logits, evenly spread over the row.
 
     Vectors without masks: `first` is less than VECTOR, and the row much longer. A row too short for
     so many gives its last vector repeatedly.
@@ -114,42 +118,47 @@ def sample_threshold(
     last = limit // VECTOR - 1
     step = gl.maximum((last - 1) // (SAMPLE // VECTOR), 1)
     begin = gl.minimum(1 + vector * step, last) * VECTOR
-    x = gl.load(row_ptr + begin[:, None] + lane[None, :])
-    depth = depth_of(loaded_together(x.to(gl.float32), WORDS))
-    everywhere = gl.full_like(depth, 1) == 1
-    low = 0
-    above = 0
-    up_to = 0
-    for i in range(2):
-        shift = FIRST_SHIFT - i * DIGIT_BITS
-        count_digits(depth, low, shift, everywhere, WORDS)
-        number, before, reached = find_bin(bins, rank - above, WORDS, NUM_WARPS)
-        low += number << shift
-        up_to = above + reached
-        above += before
-    return low + (1 << SAMPLE_SHIFT) - 1, above, up_to
+    return gl.load(row_ptr + begin[:, None] + lane[None, :])
+
+
+@gluon.jit
+def count_sample(sample, WORDS: gl.constexpr):
+    """The depths of a sample, whose first digits are counted: it has arrived when this ends.
+
+    Behind it the row may be asked for: loads before it would stand in its way, and all that follows
+    waits for it (128 rows of 32768: 2 µs later with 16 logits a thread on their way).
+    """
+    depths = depth_of(loaded_together(sample.to(gl.float32), WORDS))
+    count_digits(depths, 0, FIRST_SHIFT, gl.full_like(depths, 1) == 1, WORDS)
+    block_barrier()
+    return depths
 
 
 @gluon.jit
 def choose_threshold(
-    bins, row_ptr, first, limit,
+    bins, depths, length,
     TOPK: gl.constexpr, SAMPLE: gl.constexpr, CAPACITY: gl.constexpr, WORDS: gl.constexpr,
-    VECTOR: gl.constexpr, NUM_WARPS: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """(depth, 1): TOPK … CAPACITY logits of the row probably have at most this depth; (.., 0): no
-    threshold is likely to divide the row so.
+    threshold is likely to divide the row so. `depths` is what `count_sample` gave, of a row of
+    `length`; the depth is right to 20 bits.
 
-    The rank in the sample is 5 σ above what TOPK alone would have, but no nearer to what overflows
-    the list than to TOPK.
+    The rank in the sample is 4.25 σ above what TOPK alone would have, so that one row in 10^5 lists
+    too few, but no nearer to what overflows the list than to TOPK, in σ of each.
     """
-    share = SAMPLE / (limit - first).to(gl.float32)
+    share = SAMPLE / length.to(gl.float32)
     expected = TOPK * share
     most = CAPACITY * share
-    rank = gl.minimum(expected + 5.0 * gl.sqrt(expected) + 1.0, (expected + most) * 0.5)
+    rank = gl.minimum(expected + 4.25 * gl.sqrt(expected) + 1.0, gl.sqrt(expected * most))
     rank = gl.minimum(gl.maximum(rank.to(gl.int32), 1), SAMPLE)
-    depth, above, up_to = sample_threshold(
-        bins, row_ptr, limit, rank, SAMPLE, VECTOR, WORDS, NUM_WARPS
-    )
+    number, above, up_to = find_bin(bins, rank, WORDS, NUM_WARPS)
+    low = number << FIRST_SHIFT
+    count_digits(depths, low, SAMPLE_SHIFT, gl.full_like(depths, 1) == 1, WORDS)
+    number, before, reached = find_bin(bins, rank - above, WORDS, NUM_WARPS)
+    depth = low + (number << SAMPLE_SHIFT) + (1 << SAMPLE_SHIFT) - 1
+    up_to = above + reached
+    above += before
     is_likely = 1
     if up_to.to(gl.float32) > most + 1.0:
         # more equal values than the list holds: leave them out if enough are above them

@@ -37,9 +37,12 @@ from dsa_bench.kernels.row_scan import (
     choose_threshold,
     chunk_offsets,
     clear_counters,
+    count_sample,
     finish_row,
     list_length,
     load_chunk,
+    load_sample,
+    locate_columns,
     locate_row,
     write_all,
 )
@@ -79,8 +82,10 @@ def _topk_kernel(
         best = 0
         clear_counters(WORDS)
         if limit - first > CAPACITY:
+            sample = load_sample(row_ptr, limit, SAMPLE, VECTOR, NUM_WARPS)
+            depths = count_sample(sample, WORDS)
             threshold, is_likely = choose_threshold(
-                bins, row_ptr, first, limit, TOPK, SAMPLE, CAPACITY, WORDS, VECTOR, NUM_WARPS
+                bins, depths, limit - first, TOPK, SAMPLE, CAPACITY, WORDS, NUM_WARPS
             )
             if is_likely == 1:
                 offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
@@ -126,6 +131,9 @@ def _list_kernel(
         let_next_launch()
     row = gl.program_id(1)
     part = gl.program_id(0)
+    # if the range is the whole row, the sample is on its way together with the range
+    whole, _, _, end = locate_columns(logits_ptr, row, 0, num_cols, stride_row, VECTOR)
+    sample = load_sample(whole, end, SAMPLE, VECTOR, NUM_WARPS)
     row_ptr, base, first, limit = locate_row(
         logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
     )
@@ -133,14 +141,17 @@ def _list_kernel(
     length = 0
     clear_counters(WORDS)
     if limit - first > CAPACITY:
+        if limit - first != num_cols:
+            sample = load_sample(row_ptr, limit, SAMPLE, VECTOR, NUM_WARPS)
         chunks = (limit + CHUNK - 1) // CHUNK
         each = (chunks + NUM_PARTS - 1) // NUM_PARTS
         begin = part * each
         end = gl.minimum(begin + each, chunks)
         offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
+        depths = count_sample(sample, WORDS)
         x = load_chunk(row_ptr, begin * CHUNK, offs, first, limit, CHUNK)
         threshold, is_likely = choose_threshold(
-            bins, row_ptr, first, limit, TOPK, SAMPLE, CAPACITY, WORDS, VECTOR, NUM_WARPS
+            bins, depths, limit - first, TOPK, SAMPLE, CAPACITY, WORDS, NUM_WARPS
         )
         if is_likely == 1:
             append_above(
@@ -186,12 +197,13 @@ def choose_config(
     num_rows: int, num_cols: int, topk: int, num_sms: int, list_room: int | None = None
 ) -> TopkConfig:
     """Many rows: a program each; few: so many parts that the GPU has two programs an SM or nearly
-    so, of at least 2048 columns.
+    so, of at least 2048 columns, with 16 warps from 16384 on.
 
-    H100, topk 2048, µs, from one run each. Few rows, 16 / 8 warps in the second kernel: 32 ×
-    131072 21.5 / 25.5, 128 × 32768 19.0 / 25.4, 1 × 131072 14.0 / 16.4; twice the parts 22.6, 21.1,
-    15.9. 4096 rows of 32768 and of 131072: 16 logits a thread 232 and 884, 8 246 and 921, 4 warps
-    252 and 946.
+    H100, topk 2048, µs, from one run for each line:
+        128 × 32768    8 warps 19.4, 16 warps 19.0, twice the parts 18.9, 16 logits a thread 20.5
+        32 × 131072    8 warps 20.0, 16 warps 18.9, twice the parts 20.9, 16 logits a thread 19.1
+        1 × 131072     8 warps 13.4, 16 warps 13.8, twice the parts 14.0, 16 logits a thread 13.9
+        4096 × 32768   16 logits a thread and 80 registers 224, 8 and 64 245, 16 and 96 260
     """
     words, sample = list_words(topk), choose_sample(num_cols, topk)
     parts = 1
@@ -201,8 +213,9 @@ def choose_config(
     if parts == 1 or num_cols < words or too_much:
         return TopkConfig(num_warps=8, sample=sample, words=words, elements=16, max_registers=80)
     return TopkConfig(
-        num_warps=8, sample=sample, words=words, elements=8, parts=parts, select_warps=16
-    )
+        num_warps=16 if num_cols >= 16384 * parts else 8,
+        sample=sample, words=words, elements=8, parts=parts, select_warps=16,
+    )  # fmt: skip
 
 
 def topk(
@@ -289,7 +302,7 @@ def _launch_parts(
     )  # fmt: skip
     select_candidates(
         lists, kv_start, kv_end, out.shape[1], num_cols, logits=logits, out=out,
-        sorted_indices=sorted_indices,
+        sorted_indices=sorted_indices, words=config.words,
         config=SelectConfig(
             num_warps=config.select_warps, elements=config.elements,
             is_dependent=config.is_dependent,
@@ -320,7 +333,7 @@ def compile_cases() -> list[CompileCase]:
         if config.parts == 1:
             constexprs |= {"WORDS": config.words, "SORTED": is_sorted}
         else:
-            constexprs |= {"CAPACITY": 4032, "PART_CAPACITY": 4064}
+            constexprs |= {"CAPACITY": 5056, "PART_CAPACITY": 5088}
             constexprs |= {"NUM_PARTS": config.parts, "IS_DEPENDENT": True}
             own = {k: v for k, v in own.items() if k != "out_ptr"} | lists
         cases.append(
