@@ -1,7 +1,7 @@
 """The vocabulary between the suite and the kernels."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dsa_bench.accuracy import Check
@@ -134,3 +134,5 @@ class Operator:
     """Outputs that have no NaN and no infinity in any row, those that nobody compares included."""
     precisions: tuple[str, ...] = ("bf16", "fp8")
     """Those of the axis `precision` that it computes in."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """Phase that it doesn't have -> why not, and what to take instead, for a person who asks."""

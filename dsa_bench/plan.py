@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dsa_bench import measure, registry, sweep
-from dsa_bench.contest import BESIDE
+from dsa_bench.contest import BESIDE, DENSE_BESIDE
 from dsa_bench.operator import Machine, Operator, Unsupported, UsageError
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
@@ -15,7 +15,7 @@ from dsa_bench.sweep import FLAGS, Planned, Sweep, unknown
 AUTO = "auto"
 ALL = "all"
 # the report's "dense" is the fastest that ran, so `auto` takes several of them
-OPPONENTS = frozenset({"dense_attention"}) | BESIDE
+OPPONENTS = frozenset({"dense_attention"}) | DENSE_BESIDE
 CONTENDERS = 4
 """How many of those `auto` takes, by priority. On an H100 the ones behind them are 2 to 5 times as
 slow as the fastest, and took more than half of a run; `--impl all` takes them too."""
@@ -47,11 +47,19 @@ def plan(wanted: Sweep, machine: Machine) -> tuple[Planned, ...]:
             item = Planned(case=with_impl(case, impl), reason=reason or missing)
             planned.setdefault(item.case.key, item)
     if not planned:
-        raise UsageError(
-            f"the selection makes no case: {', '.join(wanted.ops)} in {', '.join(wanted.phases)}"
-            f" with --impl {','.join(wanted.impls)} (see dsa-bench list)"
-        )
+        raise UsageError(_no_case(wanted, operators))
     return tuple(planned.values())
+
+
+def _no_case(wanted: Sweep, operators: Mapping[str, Operator]) -> str:
+    """Why a selection makes no case."""
+    for operator in operators.values():
+        if set(wanted.phases) <= set(operator.instead):
+            return operator.instead[next(iter(wanted.phases))]
+    return (
+        f"the selection makes no case: {', '.join(wanted.ops)} in {', '.join(wanted.phases)}"
+        f" with --impl {','.join(wanted.impls)} (see dsa-bench list)"
+    )
 
 
 def with_impl(case: Case, impl: Impl) -> Case:
@@ -125,14 +133,25 @@ def _auto(case: Case, machine: Machine) -> list[tuple[str, str]]:
         names = registry.available(case.op, case, preset, machine)
     except Unsupported:
         names = [registry.REFERENCE]
-    else:
-        # nobody runs dense attention that way on a GPU, and it would take hours
-        if case.op in BESIDE and machine.device == "cuda" and names == [registry.REFERENCE]:
-            why = "; ".join(registry.obstacles(case.op, case, preset, machine))
-            return [(registry.REFERENCE, f"only the reference can do this here: {why}")]
+    if names == [registry.REFERENCE]:
+        return [(registry.REFERENCE, _why_not_by_reference(case, machine))]
     brought = registry.brought_by_files().get(case.op, ())
     taken = [name for i, name in enumerate(names) if i < CONTENDERS or name in brought]
     return [(name, "") for name in taken]
+
+
+def _why_not_by_reference(case: Case, machine: Machine) -> str:
+    """Why `auto` leaves out what only a reference can do, or an empty text where it doesn't.
+
+    Nobody computes attention that way on a GPU, and it would take hours.
+    """
+    if case.op not in BESIDE or machine.device != "cuda":
+        return ""
+    try:
+        why = registry.obstacles(case.op, case, PRESETS[case.preset], machine)
+    except Unsupported:
+        return ""
+    return f"only the reference can do this here: {'; '.join(why)}"
 
 
 def _compositions(
@@ -155,7 +174,10 @@ def _compositions(
                 offer = ", ".join(known[stage])
                 yield chosen, f"{stage} has no implementation {chosen[stage]}; known: {offer}"
             else:
-                yield {s: _stage_auto(auto, s) if n == AUTO else n for s, n in chosen.items()}, ""
+                made = {s: _stage_auto(auto, s) if n == AUTO else n for s, n in chosen.items()}
+                by_auto = {made[stage] for stage, n in chosen.items() if n == AUTO}
+                is_slow = registry.REFERENCE in by_auto
+                yield made, _why_not_by_reference(case, machine) if is_slow else ""
 
 
 def _stage_auto(auto: str | Mapping[str, str], stage: str) -> str:

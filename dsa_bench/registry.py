@@ -218,7 +218,8 @@ def resolve(case: Case, machine: Machine, *, workspace_bytes: int | None = None)
     """
     owner = operator(case.op)
     if case.phase not in owner.phases:
-        raise Unsupported(f"{case.op} has no phase {case.phase} (it has {', '.join(owner.phases)})")
+        lacking = f"{case.op} has no phase {case.phase} (it has {', '.join(owner.phases)})"
+        raise Unsupported(owner.instead.get(case.phase, lacking))
     shape = owner.shape(case, preset_of(case))
     if workspace_bytes is not None and hasattr(shape, "workspace_bytes"):
         shape = dataclasses.replace(shape, workspace_bytes=workspace_bytes)
@@ -289,14 +290,18 @@ def available(op_name: str, case: Case, preset: Preset, machine: Machine) -> lis
 
 
 def obstacles(op_name: str, case: Case, preset: Preset, machine: Machine) -> list[str]:
-    """Why each implementation but `reference` cannot run this case, the best first."""
-    shape = operator(op_name).shape(case, preset)
-    reasons = [
-        part.supports(shape, machine)
-        for name, part in reversed(implementations(op_name).items())
+    """Why only `reference` can run this case, or a stage of it: what the other implementations say,
+    the best first. Empty where something else can."""
+    owner = operator(op_name)
+    shape = owner.shape(case, preset)
+    parts = {op_name: (shape,)} if owner.stage_shapes is None else owner.stage_shapes(shape)
+    return [
+        str(_refusal(part, shapes, machine))
+        for stage, shapes in parts.items()
+        if _available(stage, shapes, machine) == [REFERENCE]
+        for name, part in reversed(implementations(stage).items())
         if name != REFERENCE
     ]
-    return [reason for reason in reasons if reason is not None]
 
 
 def _available(op_name: str, shapes: tuple[Any, ...], machine: Machine) -> list[str]:

@@ -8,8 +8,8 @@ from dsa_bench.contest import CONTEST_OF
 from dsa_bench.record import Case
 from dsa_bench.sweep import Planned
 
-MAX_GROUP = 8
-"""More cases than this are not held ready beside each other."""
+MAX_GROUP = 9
+"""More cases than this are not held ready beside each other. So many has the prefill of v3.2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

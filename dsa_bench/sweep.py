@@ -111,6 +111,8 @@ class Sweep:
     phases: Mapping[str, Axes]
     preset: str
     seed: int
+    added: tuple[str, ...] = ()
+    """Those of `ops` that nobody named: what is shown beside the others, at the largest k alone."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -251,9 +253,11 @@ def resolve(name: str, *layers: Layer) -> Sweep:
             merged[phase] |= _settings(layer, phase)
     common = merged[PHASES[0]]
     names = {f.name for f in fields(Axes)}
+    added = () if any("op" in each.table for each in layers) else _added_ops(merged)
     return Sweep(
         name=name,
-        ops=common["op"] if any("op" in each.table for each in layers) else _default_ops(merged),
+        ops=(*common["op"], *added),
+        added=added,
         impls=common["impl"],
         phases={
             phase: Axes(**{key: value for key, value in merged[phase].items() if key in names})
@@ -264,13 +268,13 @@ def resolve(name: str, *layers: Layer) -> Sweep:
     )
 
 
-def _default_ops(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The operators of a run that names none: fp8 is compared with dense attention in fp8 too."""
+def _added_ops(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What a run that names no operator takes besides: attention in fp8, where fp8 is asked for."""
     common = settings[PHASES[0]]
-    ops: tuple[str, ...] = common["op"]
     if not any("fp8" in settings[phase]["precision"] for phase in common["phase"]):
-        return ops
-    return (*ops, *(op for contest in CONTESTS if contest.dense in ops for op in contest.beside))
+        return ()
+    dense = [contest for contest in CONTESTS if contest.dense in common["op"]]
+    return tuple(op for contest in dense for op in contest.beside)
 
 
 def shipped() -> dict[str, Path]:
@@ -326,8 +330,9 @@ def _points(
 ) -> Iterator[Case]:
     own = operator.axes
     heads = axes.num_heads if "num_heads" in own else ()
+    topk = (max(axes.topk),) if operator.name in sweep.added else axes.topk
     product = itertools.product(
-        axes.topk if "topk" in own else (None,),
+        topk if "topk" in own else (None,),
         _precisions(operator, axes),
         axes.batch_size if "batch_size" in own and phase == "decode" else (1,),
         axes.seq_len_q,
@@ -336,7 +341,7 @@ def _points(
         axes.tensor_parallel if "tensor_parallel" in own else (1,),
         axes.inputs if "inputs" in own else (RANDOM_INPUTS,),
     )
-    for topk, precision, batch_size, seq_len_q, num_heads, mode, ranks, inputs in product:
+    for k, precision, batch_size, seq_len_q, num_heads, mode, ranks, inputs in product:
         if num_heads % ranks:
             flag = FLAGS["tensor_parallel"]
             raise UsageError(f"{flag} must divide the {num_heads} heads, got {ranks}")
@@ -346,7 +351,7 @@ def _points(
             phase=phase,
             seq_len_kv=seq_len_kv,
             seq_len_q=seq_len_q,
-            topk=topk,
+            topk=k,
             precision=precision,
             batch_size=batch_size,
             num_heads=num_heads,

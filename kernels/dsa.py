@@ -14,14 +14,15 @@ Shapes (prefill; decode has [batch_size, seq_len_q, …] and paged caches):
     topk_indices  [seq_len_q, topk]            int32  positions in the sequence, -1 = none
 
 Conventions: precision `fp8` means indexer and decode caches in fp8, as V3.2 is deployed, with
-sparse prefill in bf16; `bf16` means bf16 throughout. Nothing of size L × L is held: in prefill the
-logits are made and consumed in chunks of queries of at most `workspace_bytes`.
+sparse prefill in bf16 (`dsa_fp8` has that in fp8 too); `bf16` means bf16 throughout. Nothing of
+size L × L is held: in prefill the logits are made and consumed in chunks of queries of at most
+`workspace_bytes`.
 
 Source: DeepSeek-V3.2 report, section 2.1; chunking of the logits as in vLLM and SGLang.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -200,17 +201,11 @@ def select_prefill(
     selected: list[Tensor] = []
     num_queries, num_keys = inputs.index_q.shape[0], inputs.index_k.shape[0]
     for part in query_chunks(num_queries, num_keys, workspace_bytes):
-        start, end = inputs.kv_start[part], inputs.kv_end[part]
-        chunk = replace(
-            inputs,
-            index_q=inputs.index_q[part],
-            index_weights=inputs.index_weights[part],
-            kv_start=start,
-            kv_end=end,
-        )
+        chunk = inputs.select(part)
         with record_function("stage:indexer"):
             (logits,) = stages["indexer"].run(chunk)
         with record_function("stage:topk"):
+            start, end = chunk.kv_start, chunk.kv_end
             (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, topk_size))
         # before the next chunk's are made: one chunk of logits is the workspace
         del logits
@@ -305,18 +300,27 @@ def check(
 
 
 def cost(shape: DsaShape) -> Cost:
+    return cost_of(shape.stage_shapes(), STAGE_OPERATORS)
+
+
+def cost_of(stages: Mapping[str, Any], operators: Mapping[str, Operator]) -> Cost:
     """Sum of the stages' costs."""
     total = Cost(flops=0.0, bytes_read=0.0, bytes_written=0.0)
-    for name, stage_shape in shape.stage_shapes().items():
-        total = total + STAGE_OPERATORS[name].cost(stage_shape)
+    for name, stage_shape in stages.items():
+        total = total + operators[name].cost(stage_shape)
     return total
 
 
 def memory(shape: DsaShape) -> Memory:
+    return memory_of(shape, shape.stage_shapes(), STAGE_OPERATORS)
+
+
+def memory_of(
+    shape: DsaShape, stages: Mapping[str, Any], operators: Mapping[str, Operator]
+) -> Memory:
     """Inputs of indexer and attention, a chunk of logits, selection, partial results, output."""
-    stages = shape.stage_shapes()
-    parts = {name: STAGE_OPERATORS[name].memory(stage) for name, stage in stages.items()}
-    first, *_, last = (parts[name] for name in STAGES[shape.phase])
+    parts = {name: operators[name].memory(stage) for name, stage in stages.items()}
+    first, *_, last = parts.values()
     selection = parts["topk"].output_bytes
     logits = first.output_bytes
     if shape.phase == "prefill":

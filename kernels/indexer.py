@@ -19,7 +19,7 @@ same range.
 Source: DeepSeek-V3.2 report, eq. 1; DeepGEMM `fp8_mqa_logits` with clean_logits=False.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,16 @@ class IndexerInputs:
     index_weights: Tensor
     kv_start: Tensor
     kv_end: Tensor
+
+    def select(self, rows: Tensor | slice) -> "IndexerInputs":
+        """The same keys, only the queries in `rows`."""
+        return replace(
+            self,
+            index_q=self.index_q[rows],
+            index_weights=self.index_weights[rows],
+            kv_start=self.kv_start[rows],
+            kv_end=self.kv_end[rows],
+        )
 
 
 class IndexerOutputs(NamedTuple):

@@ -74,6 +74,18 @@ class Fp8PrefillInputs:
     exact: Callable[[], SparsePrefillInputs] | None = None
     """Makes the bf16 inputs again that these were rounded from."""
 
+    def select(self, rows: Tensor) -> "Fp8PrefillInputs":
+        """The same keys, only the queries in `rows`."""
+        return dataclasses.replace(
+            self,
+            q=self.q[rows],
+            q_rope=None if self.q_rope is None else self.q_rope[rows],
+            q_scale=self.q_scale[rows],
+            topk_indices=self.topk_indices[rows],
+            topk_lens=None if self.topk_lens is None else self.topk_lens[rows],
+            exact=None,
+        )
+
 
 def quantize(inputs: SparsePrefillInputs) -> Fp8PrefillInputs:
     """bf16 inputs -> e4m3 latents with power-of-two scales, a query head's and all keys'."""
@@ -109,19 +121,14 @@ def make_inputs(
 
 def dequantize(inputs: Fp8PrefillInputs, rows: Tensor | None = None) -> SparsePrefillInputs:
     """The rounded inputs in fp32, of all queries or of these."""
-
-    def of_rows(x: Tensor | None) -> Tensor | None:
-        return x if x is None or rows is None else x[rows]
-
-    q, scale, q_rope = of_rows(inputs.q), of_rows(inputs.q_scale), of_rows(inputs.q_rope)
-    indices = of_rows(inputs.topk_indices)
-    assert q is not None and scale is not None and indices is not None
-    q, kv = q.float() * scale.unsqueeze(-1), inputs.kv.float() * inputs.kv_scale
-    if q_rope is not None and inputs.k_rope is not None:
-        q = torch.cat([q, q_rope.float()], -1)
+    inputs = inputs if rows is None else inputs.select(rows)
+    q = inputs.q.float() * inputs.q_scale.unsqueeze(-1)
+    kv = inputs.kv.float() * inputs.kv_scale
+    if inputs.q_rope is not None and inputs.k_rope is not None:
+        q = torch.cat([q, inputs.q_rope.float()], -1)
         kv = torch.cat([kv, inputs.k_rope.float()], -1)
     return SparsePrefillInputs(
-        q, kv, indices, inputs.sm_scale, WIDTH, inputs.attn_sink, of_rows(inputs.topk_lens)
+        q, kv, inputs.topk_indices, inputs.sm_scale, WIDTH, inputs.attn_sink, inputs.topk_lens
     )
 
 
@@ -188,15 +195,20 @@ def _listed(inputs: SparsePrefillInputs) -> Tensor:
 def figures(
     inputs: Fp8PrefillInputs, outputs: SparsePrefillOutputs, *, rows: Tensor | None = None
 ) -> dict[str, Any]:
-    """`rounding_error`: ‖out - bf16‖ / ‖bf16‖ of a few rows, where bf16 is the same attention in
-    fp32 over the bf16 tensors."""
+    """`rounding_error` of a few rows."""
     if inputs.exact is None:
         return {}
     if rows is None:
         rows = torch.arange(outputs.out.shape[0], device=outputs.out.device)
     rows = rows[:FIGURE_ROWS]
-    wanted = sparse_prefill.reference(inputs.exact(), rows=rows).out
-    length, difference = wanted.norm(), (outputs.out[rows].float() - wanted).norm()
+    wanted = sparse_prefill.reference(inputs.exact(), rows=rows)
+    return rounding_error(outputs.out[rows], wanted.out)
+
+
+def rounding_error(out: Tensor, wanted: Tensor) -> dict[str, Any]:
+    """`rounding_error`: ‖out - wanted‖ / ‖wanted‖; `wanted` is the same attention in fp32 over the
+    bf16 tensors. Nothing where that is 0."""
+    length, difference = wanted.norm(), (out.float() - wanted).norm()
     if not length:
         return {}
     return {"rounding_error": {"relative_l2": (difference / length).item()}}
@@ -276,12 +288,17 @@ def shape_of(case: Case, preset: Preset) -> SparsePrefillShape:
             " (add --precision fp8, or take sparse_prefill)"
         )
     shape = sparse_prefill.shape_of(dataclasses.replace(case, precision="bf16"), preset)
+    expect_widths(shape)
+    return shape
+
+
+def expect_widths(shape: SparsePrefillShape) -> None:
+    """Raise Unsupported where latents or rope columns are not as wide as here."""
     if shape.head_dim_v != WIDTH or shape.head_dim_qk not in (WIDTH, WIDTH + ROPE):
         raise Unsupported(
             f"sparse_prefill_fp8 has {WIDTH} latent columns and {ROPE} or no rope columns,"
             f" this preset has head_dim {shape.head_dim_qk}/{shape.head_dim_v}"
         )
-    return shape
 
 
 OPERATOR = Operator(

@@ -7,7 +7,7 @@ from numbers import Real
 
 import pandas as pd
 
-from dsa_bench.contest import CONTESTS, SPARSE, Contest
+from dsa_bench.contest import CONTESTS, SPARSE, SPARSE_BESIDE, Contest
 from dsa_bench.record import AUTO_MODE, RANDOM_INPUTS
 from dsa_bench.reports import beside, frame, naming
 from dsa_bench.reports.units import format_length, format_ratio
@@ -149,10 +149,12 @@ def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) ->
     sentences = []
     for contest in CONTESTS:
         asked = rows[rows["contest"] == contest.name]
-        if asked["op"].isin(contest.sparse).any():
-            text, used = _sentence(contest, asked, [c for c in mine if c.contest == contest.name])
-            sentences += [text, *beside.sentences(contest, asked, [c.axes for c in used])]
-            chosen += used
+        if asked["op"].isin(SPARSE).any():
+            text, used = _sentence(contest, asked, mine)
+            texts, others = _less_exact(contest, asked, mine)
+            against = beside.sentences(contest, asked, [c.axes for c in used])
+            sentences += [text, *against, *texts]
+            chosen += [*used, *others]
     sentences[0] = f"On {run_label}, {sentences[0][0].lower()}{sentences[0][1:]}"
     if any(c.flagged for c in chosen):
         sentences.append("Some of these times carry a doubt flag: see the table.")
@@ -168,6 +170,7 @@ def _sentence(
 ) -> tuple[str, list[Crossover]]:
     """What the phases of one contest gave, and the lines that this speaks of."""
     phases = [p for p in ("prefill", "decode", "train") if (rows["phase"] == p).any()]
+    found = [c for c in found if c.axes["op"] in contest.sparse]
     chosen = {p: choose([c for c in found if c.axes["phase"] == p]) for p in phases}
     clauses = [
         _clause(contest, phase, chosen[phase], chosen.get(previous or ""), rows)
@@ -175,6 +178,24 @@ def _sentence(
     ]
     text = "; ".join(clauses)
     return f"{text[:1].upper()}{text[1:]}.", [c for c in chosen.values() if c is not None]
+
+
+def _less_exact(
+    contest: Contest, rows: pd.DataFrame, found: Sequence[Crossover]
+) -> tuple[list[str], list[Crossover]]:
+    """A sentence for each phase of a sparse operator that is shown beside, and their lines."""
+    texts, used = [], []
+    sparse = naming.sparse_text(contest.sparse[0])
+    places = [(c.axes["op"], c.axes["phase"]) for c in found]
+    for place in dict.fromkeys(p for p in places if p[0] in contest.sparse_beside):
+        c = choose([c for c, its in zip(found, places, strict=True) if its == place])
+        assert c is not None
+        more, error = naming.SPARSE_BESIDE[str(place[0])], beside.rounding_text(rows, c.axes)
+        told = f"{where(c)} {sparse} ({describe(c)}) {verdict(c)}"
+        against = beside.against(contest, rows, c.axes)
+        texts.append(f"With {more}, which is less exact{error}, {told}{against}.")
+        used.append(c)
+    return texts, used
 
 
 def _without_sparse(run_label: str, rows: pd.DataFrame) -> str:
@@ -208,6 +229,8 @@ def choose(found: Sequence[Crossover]) -> Crossover | None:
         topk = c.axes["topk"]
         compared = c.is_compared
         return (
+            # what is less exact stands for nothing but itself
+            c.axes["op"] not in SPARSE_BESIDE,
             compared,
             _mode_rank(c),
             c.axes["inputs"] == RANDOM_INPUTS,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from dsa_bench.contest import CONTEST_OF, LAYER
+from dsa_bench.contest import CONTEST_OF, LAYER, SPARSE, SPARSE_BESIDE
 from dsa_bench.reports import crossover, frame, lines, naming, published, units
 from dsa_bench.reports.chart import Axis, Figure, Mark
 from dsa_bench.reports.digest import Digest
@@ -125,15 +125,18 @@ def _crossover_of(line: lines.Line, report: Digest) -> Any:
 
 
 def _crossing_marks(panel: lines.Panel, report: Digest) -> list[Mark]:
-    """Where each line meets 1; of many lines only the one that the headline speaks of.
+    """Where each line meets 1; of many lines only those that the headline speaks of.
 
     More than MAX_CROSSINGS labels lie on top of each other; the text below the figure has them all.
     """
     found = [(line, _crossover_of(line, report)) for line in panel.lines]
     found = [(line, each) for line, each in found if each.seq_len_kv is not None]
     if len(found) > MAX_CROSSINGS:
-        chosen = crossover.choose([each for _, each in found])
-        found = [(line, each) for line, each in found if each is chosen]
+        chosen = [
+            crossover.choose([each for _, each in found if each.axes["op"] in ops])
+            for ops in (SPARSE - SPARSE_BESIDE, SPARSE_BESIDE)
+        ]
+        found = [(line, each) for line, each in found if any(each is one for one in chosen)]
     return [
         Mark(
             kind="crossing",

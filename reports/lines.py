@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from dsa_bench.contest import ATTENTION, BESIDE, CONTEST_OF, CONTESTS, DENSE, SPARSE
+from dsa_bench.contest import ATTENTION, CONTEST_OF, CONTESTS, DENSE, DENSE_BESIDE, SPARSE
 from dsa_bench.record import PHASES
 from dsa_bench.reports import crossover, frame, naming, units
 from dsa_bench.reports.digest import Digest
@@ -24,7 +24,7 @@ PANEL_AXES = ("run_label", *SPLIT_ORDER)
 """Axes that sparse and dense have in common."""
 PHASE_RANKS = {phase: rank for rank, phase in enumerate(PHASES)}
 CONTEST_RANKS = {contest.name: rank for rank, contest in enumerate(CONTESTS)}
-DRAWN_AS_DENSE = DENSE | BESIDE
+DRAWN_AS_DENSE = DENSE | DENSE_BESIDE
 STYLES = ("solid", "dashed", "dashdot", "dotted")
 
 

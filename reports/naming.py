@@ -7,6 +7,7 @@ from dsa_bench.record import AUTO_MODE
 
 OPERATORS = {
     "dsa": "DSA",
+    "dsa_fp8": "DSA fp8 attention",
     "dense_attention": "dense",
     "dense_attention_fp8": "dense",
     "dsa_layer": "sparse layer",
@@ -15,8 +16,10 @@ OPERATORS = {
 }
 DENSE = {ATTENTION.name: "dense attention", LAYER.name: "the dense layer"}
 """Contest -> the opponent, in a sentence."""
-BESIDE = {ATTENTION.name: "dense attention in FP8"}
+DENSE_BESIDE = {ATTENTION.name: "dense attention in FP8"}
 """Contest -> what is shown beside the opponent, in a sentence."""
+SPARSE_BESIDE = {"dsa_fp8": "attention in FP8 too"}
+"""Sparse operator that is shown beside the one of the headline -> what it has besides."""
 MAX_PARTS = 4
 """Stages of a composition that are all named."""
 

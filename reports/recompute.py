@@ -26,6 +26,7 @@ FIGURES = (
 
 OPPONENTS = {
     "dsa": "dense_attention",
+    "dsa_fp8": "dense_attention",
     "dsa_layer": "dense_layer",
     "masked_layer": "dense_layer",
 }

@@ -302,7 +302,7 @@ def test_attention_says_that_its_output_is_finite_in_every_row():
     finite = {name: registry.operator(name).finite for name in registry.operators()}
     attention = dict.fromkeys(
         (
-            *("sparse_prefill", "sparse_decode", "dsa", "dense_attention"),
+            *("sparse_prefill", "sparse_decode", "dsa", "dsa_fp8", "dense_attention"),
             *("dense_attention_fp8", "sparse_prefill_fp8", "masked_prefill"),
             *("dsa_layer", "masked_layer", "dense_layer"),
         ),

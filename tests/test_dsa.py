@@ -383,21 +383,23 @@ def test_logits_of_both_phases_agree():
     assert topk.OPERATOR.name in OPERATOR.stages("decode")
 
 
-def on_gpu(phase, precision, seq_len_kv, seq_len_q, batch_size, workspace_bytes=None):
+def on_gpu(
+    phase, precision, seq_len_kv, seq_len_q, batch_size, workspace_bytes=None, op="dsa", **fields
+):
     case = Case(
-        op="dsa", impl="auto", phase=phase, seq_len_kv=seq_len_kv, seq_len_q=seq_len_q,
-        topk=2048, precision=precision, batch_size=batch_size,
+        op=op, impl="auto", phase=phase, seq_len_kv=seq_len_kv, seq_len_q=seq_len_q,
+        topk=2048, precision=precision, batch_size=batch_size, **fields,
     )  # fmt: skip
-    here = machine.detect("cuda")
-    case = replace(case, impl=registry.choose("dsa", case, PRESETS["v3.2"], here))
+    here, operator = machine.detect("cuda"), registry.operator(op)
+    case = replace(case, impl=registry.choose(op, case, PRESETS["v3.2"], here))
     resolved = registry.resolve(case, here, workspace_bytes=workspace_bytes)
     if resolved.reason:
         pytest.skip(resolved.reason)
-    inputs = OPERATOR.make_inputs(resolved.shape, seed=1, device="cuda")
+    inputs = operator.make_inputs(resolved.shape, seed=1, device="cuda")
     with hostile.poisoned_outputs():
         outputs = resolved.run(inputs)
-    rows = gate.sample_rows(OPERATOR.num_rows(resolved.shape), seed=3, device="cuda", limit=24)
-    hostile.assert_right("dsa", inputs, outputs, rows)
+    rows = gate.sample_rows(operator.num_rows(resolved.shape), seed=3, device="cuda", limit=24)
+    hostile.assert_right(op, inputs, outputs, rows)
     return inputs, outputs
 
 

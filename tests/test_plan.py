@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsa_bench import plan, registry, sweep
-from dsa_bench.contest import BESIDE
+from dsa_bench.contest import DENSE_BESIDE
 from dsa_bench.operator import Implementation, Machine, Operator, Unsupported, UsageError
 from dsa_bench.sweep import Layer, Planned
 from tests.test_sweep import operator
@@ -191,7 +191,7 @@ def test_planned_survives_json(planned: Plan) -> None:
 def test_gpu_sweeps_skip_nothing_on_an_h100(name: str) -> None:
     items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
     # dense attention in fp8 needs a library, which need not be here
-    assert {item.reason for item in items if item.case.op not in BESIDE} == {""}
+    assert {item.reason for item in items if item.case.op not in DENSE_BESIDE} == {""}
     assert len(items) > 10
 
 
@@ -205,11 +205,11 @@ def test_cpu_sweeps_skip_nothing_on_a_cpu(name: str) -> None:
 FP8 = "dense_attention_fp8"
 
 
-def plan_fp8(machine: Machine, **table: Any) -> list[Planned]:
-    """The cases of dense attention in fp8 of a run at L 4K."""
+def plan_fp8(machine: Machine, wanted: str = FP8, **table: Any) -> list[Planned]:
+    """The cases of an operator in fp8, dense attention, of a run at L 4K."""
     layer = Layer(source="", table={"seq_len_kv": "4k", "phase": "prefill"} | table)
     items = plan.plan(sweep.resolve("test", layer), machine)
-    return [item for item in items if item.case.op == FP8]
+    return [item for item in items if item.case.op == wanted]
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16,fp8"])
@@ -246,3 +246,55 @@ def test_the_reference_of_fp8_dense_is_not_run_on_a_gpu(monkeypatch: pytest.Monk
     items = plan_fp8(H100, precision="fp8")
     assert {item.reason for item in items} == {""}
     assert {item.case.impl for item in items} == {"flash_attn_3", "flash_mla"}
+
+
+DSA_FP8 = "dsa_fp8"
+
+
+def test_a_run_that_names_no_operator_takes_dsa_fp8_at_its_largest_k() -> None:
+    table = {"topk": "512,2k,1k", "precision": "bf16,fp8"}
+    items = plan_fp8(H100, DSA_FP8, **table)
+    assert [(item.case.topk, item.case.precision) for item in items] == [(2048, "fp8")]
+    assert [(item.case.impl, item.reason) for item in items] == [
+        ({"indexer": "gluon", "topk": "gluon", "sparse_prefill_fp8": "gluon"}, "")
+    ]
+    assert len(plan_fp8(H100, "dsa", **table)) == 6
+    # the largest is that of the phase, and dense attention in fp8 has none
+    assert [item.case.topk for item in plan_fp8(H100, FP8, **table)] == [None]
+    assert plan_fp8(H100, DSA_FP8, precision="bf16") == []
+    assert plan_fp8(H100, DSA_FP8, phase="decode", precision="fp8") == []
+    named = plan_fp8(H100, DSA_FP8, op=f"dsa,dense_attention,{DSA_FP8}", **table)
+    assert [item.case.topk for item in named] == [512, 2048, 1024]
+
+
+def test_dsa_fp8_follows_the_implementations_that_are_named_for_its_stages() -> None:
+    table = {"precision": "fp8", "impl": "indexer=triton,sparse_prefill=triton"}
+    (item,) = plan_fp8(H100, DSA_FP8, **table)
+    assert item.case.impl == {
+        "indexer": "triton", "topk": "gluon", "sparse_prefill_fp8": "gluon"
+    }  # fmt: skip
+
+
+def test_dsa_fp8_by_reference_is_not_run_on_a_gpu() -> None:
+    l40 = dataclasses.replace(H100, name="L40", capability=(8, 9))
+    (item,) = plan_fp8(l40, DSA_FP8, precision="fp8")
+    assert item.reason == (
+        "only the reference can do this here: gluon sparse_prefill_fp8 needs a Hopper GPU (sm_90),"
+        " this is L40"
+    )
+    (item,) = plan_fp8(l40, DSA_FP8, op=DSA_FP8, precision="fp8", impl="reference")
+    assert item.reason == ""
+    (item,) = plan_fp8(MACHINE, DSA_FP8, precision="fp8")
+    assert (set(item.case.impl.values()), item.reason) == ({"reference"}, "")  # type: ignore[union-attr]
+    # what the case itself lacks comes first
+    (item,) = plan_fp8(l40, DSA_FP8, precision="fp8", topk="8k")
+    assert item.reason == "topk 8192 is more than the 4096 keys there are"
+
+
+def test_dsa_fp8_says_what_to_take_where_it_cannot() -> None:
+    (item,) = plan_fp8(H100, DSA_FP8, op=DSA_FP8, precision="bf16")
+    assert "computes in fp8, got precision bf16 (add --precision fp8, or take dsa)" in item.reason
+    with pytest.raises(UsageError, match=r"in fp8 already \(pass --op dsa --precision fp8\)$"):
+        plan_fp8(H100, DSA_FP8, op=DSA_FP8, precision="fp8", phase="decode")
+    # beside an operator that has the phase it makes no case, as every operator
+    assert plan_fp8(H100, DSA_FP8, op=f"dsa,{DSA_FP8}", precision="fp8", phase="decode") == []

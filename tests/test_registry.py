@@ -123,6 +123,28 @@ def test_resolve_refuses(wanted: object, kind: type[Exception], message: str) ->
         registry.resolve(wanted, CPU)  # type: ignore[arg-type]
 
 
+def test_a_phase_that_an_operator_lacks_may_have_a_sentence_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = registry.catalogue().operators
+    hinted = dataclasses.replace(known["double"], instead={"train": "take shift"})
+    monkeypatch.setitem(known, "double", hinted)  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match=r"^take shift$"):
+        registry.resolve(case(phase="train"), CPU)
+
+
+def test_obstacles_are_those_of_the_parts_that_only_the_reference_can_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    affine = case(op="affine")
+    assert registry.obstacles("affine", affine, PRESET, CPU) == []
+    parts = registry.catalogue().implementations["shift"]
+    refusing = dataclasses.replace(parts["best"], supports=lambda shape, machine: "not here")
+    monkeypatch.setitem(parts, "best", refusing)  # type: ignore[arg-type]
+    # those of `double`, which something can do, are left out
+    assert registry.obstacles("affine", affine, PRESET, CPU) == ["not here"]
+
+
 def test_workspace_limit_reaches_the_shape() -> None:
     assert registry.resolve(case(), CPU, workspace_bytes=77).shape.workspace_bytes == 77
 

@@ -10,6 +10,7 @@ from dsa_bench.record import Case, Record
 from dsa_bench.reports import lines
 from dsa_bench.reports.crossover import crossing
 from dsa_bench.reports.digest import Digest, digest
+from dsa_bench.reports.figures import figures
 from dsa_bench.reports.units import format_ratio
 from tests.reports_runs import HEADER, FakeRun, doubtful_run, h100_run, ok
 
@@ -256,3 +257,95 @@ def test_fp8_dense_is_drawn_as_dense() -> None:
         ("dense flash_attn_3 bf16", "dense"),
         ("dense flash_attn_3 fp8", "dense"),
     ]
+
+
+ALL_FP8 = replace(SPARSE, op="dsa_fp8", precision="fp8")
+
+
+def all_fp8(seq_len_kv: int, seconds: float, error: float | None = None, **more: object) -> Record:
+    gate = {} if error is None else {"rounding_error": {"relative_l2": error}}
+    return ok(replace(ALL_FP8, seq_len_kv=seq_len_kv), seconds, gate=gate, **more)
+
+
+def three_lengths(*more: Record, sparse: bool = True) -> Digest:
+    """At 4K, 8K, 16K dense takes 1, 2, 8 s and in fp8 0.8, 1.5, 6 s; DSA 4 s, if it was asked."""
+    records = []
+    for length, slow, fast in ((4096, 1.0, 0.8), (8192, 2.0, 1.5), (16384, 8.0, 6.0)):
+        dsa = ok(replace(SPARSE, seq_len_kv=length, precision="fp8"), 4.0)
+        records += [dsa] if sparse else []
+        records.append(ok(replace(DENSE, seq_len_kv=length), slow))
+        records.append(ok(replace(FP8, seq_len_kv=length), fast))
+    return digest([FakeRun(path=Path("r"), header=HEADER, records=[*records, *more])])
+
+
+TIMES = (all_fp8(4096, 2.0, 0.04), all_fp8(8192, 2.0, 0.051), all_fp8(16384, 2.0, 0.03))
+
+
+def test_dsa_with_attention_in_fp8_has_a_sentence_of_its_own() -> None:
+    assert three_lengths(*TIMES).headlines == (
+        "On NVIDIA H100 80GB HBM3, in prefill DSA (k=2048, fp8) beats dense attention "
+        "(flash_attn_3, bf16) from L = 11.3K and is 2.00× as fast at 16K. Against dense attention "  # noqa: RUF001
+        "in FP8, which is less exact: DSA in fp8 is 1.50× as fast in prefill at 16K "  # noqa: RUF001
+        "(flash_attn_3). With attention in FP8 too, which is less exact (up to 5.1 % from bf16 on "
+        "random inputs), in prefill DSA (k=2048, fp8) beats dense attention (flash_attn_3, bf16) "
+        "from L = 8K and is 4.00× as fast at 16K; 3.00× as fast as dense attention in FP8 at 16K "  # noqa: RUF001
+        "(flash_attn_3).",
+    )
+
+
+def test_the_sentence_says_what_it_knows() -> None:
+    (text,) = with_fp8().headlines
+    (more,) = with_fp8(all_fp8(8192, 0.5, 0.009)).headlines
+    assert more.startswith(text)
+    assert more.removeprefix(text) == (
+        " With attention in FP8 too, which is less exact (0.9 % from bf16 on random inputs), in "
+        "prefill DSA (k=2048, fp8) beats dense attention (flash_attn_3, bf16) at L = 8K, the only "
+        "L compared: 8.00× as fast."  # noqa: RUF001
+    )
+    assert "which is less exact, in prefill" in three_lengths(all_fp8(8192, 1.0)).headlines[0]
+
+
+def test_the_headline_is_of_dsa_whatever_dsa_fp8_has() -> None:
+    """Also where only the less exact one has a time, or the other is suspect."""
+    fast = [all_fp8(n, 0.1, 0.04) for n in (4096, 8192, 16384)]
+    whole = three_lengths(*fast)
+    told = whole.headlines[0].partition(". ")[0]
+    assert "DSA (k=2048, fp8) beats dense attention (flash_attn_3, bf16) from L = 11.3K" in told
+    assert [set(panel.rows["op"]) for panel in lines.bar_panels(whole, "speedup")] == [{"dsa"}]
+    alone = three_lengths(*fast, sparse=False).headlines[0]
+    assert alone.startswith(
+        "On NVIDIA H100 80GB HBM3, in prefill no DSA case was asked for. With attention in FP8 too"
+    )
+    assert "beats dense attention (flash_attn_3, bf16) at every L compared (4K to 16K)" in alone
+    suspect = ok(replace(SPARSE, precision="fp8"), 1.0, flags=("launch_bound",))
+    records = [suspect, ok(DENSE, 2.0), all_fp8(4096, 0.5, 0.04)]
+    (text,) = digest([FakeRun(path=Path("r"), header=HEADER, records=records)]).headlines
+    assert "in prefill DSA (k=2048, fp8) has no time beside dense attention that can be" in text
+    assert "With attention in FP8 too, which is less exact (4.0 % from bf16 on random" in text
+    assert "Left out as suspect: DSA at 4K." in text
+
+
+def test_doubt_in_dsa_fp8_is_told() -> None:
+    noisy = three_lengths(*TIMES[:2], all_fp8(16384, 2.0, 0.03, flags=("drift",))).headlines[0]
+    assert "Some of these times carry a doubt flag" in noisy
+    lost = three_lengths(*TIMES[:2], all_fp8(16384, 2.0, flags=("launch_bound",))).headlines[0]
+    assert "Left out as suspect: DSA fp8 attention at 16K." in lost
+    assert "at 16K" not in lost.partition("With attention")[2].partition("Left out")[0]
+
+
+def test_dsa_fp8_is_a_line_of_its_own_with_its_speedup() -> None:
+    found = three_lengths(*TIMES)
+    rows = found.cases[found.cases["op"] == "dsa_fp8"]
+    assert list(rows["speedup"]) == [0.5, 1.0, 4.0]
+    assert set(rows["dense_precision"]) == {"bf16"}
+    (panel,) = lines.panels(found.cases)
+    drawn = {line.label: (line.role, line.style) for line in panel.lines}
+    assert list(drawn) == [
+        "DSA k=2048 fp8", "DSA fp8 attention k=2048 fp8", "dense flash_attn_3 bf16",
+        "dense flash_attn_3 fp8",
+    ]  # fmt: skip
+    own, other = (drawn[name] for name in list(drawn)[:2])
+    assert own[0].startswith("sparse") and other[0].startswith("sparse") and own != other
+    (chart,) = [figure for figure in figures(found) if figure.name == "speedup-prefill"]
+    assert [series.label for series in chart.series] == list(drawn)[:2]
+    assert [m.label for m in chart.marks if m.kind == "crossing"] == ["11.3K", "8K"]

@@ -383,3 +383,9 @@ def test_of_many_crossings_only_the_headlines_is_marked() -> None:
     # 7e-5 s is dense at 7K
     assert [m.label for m in crossings] == ["7K"]
     assert figure.answer.count("faster from") == 6
+    # what is told beside the headline is marked too
+    beside = [case("dsa_fp8", "x", n * 1024, 6e-5, topk=2048, precision="fp8") for n in (4, 128)]
+    run.records = [*records, *beside]
+    (figure,) = [f for name, f in by_name(run).items() if name.startswith("speedup")]
+    crossings = [m for m in figure.marks if m.kind == "crossing"]
+    assert sorted(m.label for m in crossings) == ["6K", "7K"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsa_bench import schedule
-from dsa_bench.contest import BESIDE, CONTESTS, DENSE, SPARSE
+from dsa_bench.contest import BESIDE, CONTESTS, DENSE, DENSE_BESIDE, SPARSE, SPARSE_BESIDE
 from dsa_bench.record import Case, Record
 from dsa_bench.reports import budget, html, naming, recompute, switch, tables
 from dsa_bench.reports.chart import Figure, y_domain
@@ -35,9 +35,10 @@ def by_name(report: Digest) -> dict[str, Figure]:
 def test_an_operator_is_in_one_contest_on_one_side() -> None:
     operators = [op for contest in CONTESTS for op in contest.operators]
     assert len(set(operators)) == len(operators) == len(SPARSE | DENSE | BESIDE)
-    assert len(operators) == len(SPARSE) + len(DENSE) + len(BESIDE)
+    assert len(operators) == len(SPARSE) + len(DENSE) + len(DENSE_BESIDE)
+    assert SPARSE_BESIDE == SPARSE & BESIDE == set(naming.SPARSE_BESIDE)
     assert set(operators) == set(naming.OPERATORS)
-    pairs = {op: contest.dense for contest in CONTESTS for op in contest.sparse}
+    pairs = {op: c.dense for c in CONTESTS for op in (*c.sparse, *c.sparse_beside)}
     assert pairs == recompute.OPPONENTS
 
 
