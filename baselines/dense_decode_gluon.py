@@ -68,7 +68,7 @@ def _dense_decode_kernel(
         out_ptr, lse_ptr, lse_ptr, lse_ptr, first_row, first_head, num_heads,
         IS_PARTIAL, False, False, HEADS_MASKED,
     )  # fmt: skip
-    tiles = allocate_tiles(128, 128, HAS_ROPE=True)
+    tiles = allocate_tiles(HAS_ROPE=True)
     WIDTH: gl.constexpr = 2 * HALF_V + ROPE
     query_ptr = q_ptr + (row.to(gl.int64) * num_heads + first_head) * WIDTH
     query = Query(query_ptr, gl.to_tensor(WIDTH), num_heads - first_head, HEADS_MASKED)

@@ -113,12 +113,15 @@ HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret
 
 
 @gluon.jit
-def seen_as(tile, DTYPE: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The bytes of a block's tile as numbers of another width: [BLOCK_KV, COLUMNS]."""
+def seen_as(
+    tile, DTYPE: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
+    ROWS: gl.constexpr = BLOCK_KV,
+):  # fmt: skip
+    """The bytes of a tile as numbers of another type: [ROWS, COLUMNS]."""
     if HAS_REINTERPRET:
-        return tile.reinterpret(DTYPE, [BLOCK_KV, COLUMNS], LAYOUT)
+        return tile.reinterpret(DTYPE, [ROWS, COLUMNS], LAYOUT)
     else:
-        return tile._reinterpret(DTYPE, [BLOCK_KV, COLUMNS], LAYOUT)
+        return tile._reinterpret(DTYPE, [ROWS, COLUMNS], LAYOUT)
 
 
 @gluon.jit
@@ -130,11 +133,7 @@ def opaque_zero():
 
 
 @gluon.jit
-def allocate_tiles(
-    LOADER_ARRIVALS: gl.constexpr, ROPE_ARRIVALS: gl.constexpr, HAS_ROPE: gl.constexpr
-):
-    """Shared memory with barriers that expect these arrivals at a left half, and at a right half
-    with rope."""
+def allocate_tiles(HAS_ROPE: gl.constexpr):
     q_left = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, HALF_V], TILE)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, HALF_V], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, ROPE], TILE)
@@ -153,10 +152,9 @@ def allocate_tiles(
     mbarrier.init(query.index(QUERY_READY), count=LOADER_THREADS)
     mbarrier.init(query.index(QUERY_FREE), count=2)
     for j in gl.static_range(2):
-        mbarrier.init(ready.index(2 * j), count=LOADER_ARRIVALS)
-        mbarrier.init(ready.index(2 * j + 1), count=ROPE_ARRIVALS)
         mbarrier.init(sums.index(j), count=1)
     for j in gl.static_range(4):
+        mbarrier.init(ready.index(j), count=LOADER_THREADS)
         mbarrier.init(free.index(j), count=1)
     return Tiles(
         q_left, q_right, q_rope, k_left, k_right, k_rope, p_right,

@@ -41,6 +41,7 @@ from dsa_bench.kernels.attention import (
     budget_checks,
     row_chunk,
 )
+from dsa_bench.kernels.decode_splits import MAX_SPLITS, PARTIAL_ROWS
 from dsa_bench.kernels.index_patterns import expect_pattern, listed_keys, make_indices
 from dsa_bench.kernels.paged_indexer import expect_new_tokens
 from dsa_bench.kernels.paging import (
@@ -56,10 +57,6 @@ from dsa_bench.kernels.sparse_prefill import make_attention_tensor
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import RANDOM_INPUTS, Case
-
-MAX_SPLITS = 16
-PARTIAL_ROWS = 2**15
-"""Rows of fp32 partial results that splitting takes at most: it ends where the GPU is full."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -181,7 +181,7 @@ def _sparse_prefill_kernel(
         stride_q_row, stride_q_head, stride_kv_row, stride_indices_row,
         NUM_PAIRS, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED,
     )  # fmt: skip
-    tiles = allocate_tiles(128, 128, HAS_ROPE)
+    tiles = allocate_tiles(HAS_ROPE)
     gl.warp_specialize(
         [
             (_consume, (arguments, tiles, gl.constexpr(attend_left))),

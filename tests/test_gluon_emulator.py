@@ -79,14 +79,14 @@ def test_missing_fence_is_refused():
 def test_everything_is_restored():
     import triton.experimental.gluon.language as real
 
-    before, convert = set(sys.modules), torch.Tensor.to
+    before, methods = set(sys.modules), (torch.Tensor.to, torch.Tensor.type)
     run_ring(0)
     import triton.experimental.gluon.language as again
 
     assert again is real
     assert sys.modules["triton.experimental"].gluon.language is real
     assert not {name for name in set(sys.modules) - before if "gluon_ring" in name}
-    assert torch.Tensor.to is convert
+    assert (torch.Tensor.to, torch.Tensor.type) == methods
 
 
 @pytest.fixture
@@ -226,3 +226,88 @@ def test_tma_load_counts_bytes_and_pads_with_zeros(language):
     x, out = torch.arange(24.0).view(6, 4), torch.full((4, 4), float("nan"))
     kernel[(1,)](TensorDescriptor.from_tensor(x, [4, 4], None), out)
     assert torch.equal(out, torch.cat([x[4:], torch.zeros(2, 4)]))
+
+
+def test_nan_gives_way_to_numbers_in_max_and_min(language):
+    jit, gl = language
+
+    @jit
+    def kernel(x_ptr, out_ptr):
+        row, column = gl.arange(0, 3), gl.arange(0, 4)
+        x = gl.load(x_ptr + row[:, None] * 4 + column[None, :])
+        gl.store(out_ptr + row, gl.max(x, 1))
+        gl.store(out_ptr + 3 + row, gl.min(x, 1))
+        gl.store(out_ptr + 6, gl.max(gl.maximum(x, -9.0)))
+
+    nan = float("nan")
+    x = torch.tensor([[1.0, nan, 3.0, 2.0], [nan] * 4, [nan, -5.0, nan, -5.0]])
+    out = torch.zeros(7)
+    kernel[(1,)](x, out)
+    expected = torch.tensor([3.0, nan, -5.0, 1.0, nan, -5.0, 3.0])
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def run_asm(gl, text, arguments):
+    return gl.inline_asm_elementwise(text, "", arguments, dtype=None, is_pure=True, pack=2)
+
+
+def test_e4m3_becomes_f16_with_the_rounding_of_one_multiplication(language):
+    _, gl = language
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(8, 32)
+    exact = codes.view(torch.float8_e4m3fn).double()
+    pairs = codes.view(torch.int16)
+    factors = (torch.arange(8 * 16).view(8, 16) * 0.0321 + 2.0**-12).half()
+
+    def rounded(x):
+        return x.to(torch.float16)
+
+    low, high = run_asm(gl, "mov.b32 {a, b}, $2;", [pairs, factors])
+    # a register has two pairs and two factors
+    words, both = exact.view(8, 8, 2, 2), factors.double().view(8, 8, 2)
+    for actual, expected in ((low, words[:, :, 0] * both), (high, words[:, :, 1] * both)):
+        torch.testing.assert_close(
+            actual, rounded(expected.view(8, 16)), rtol=0, atol=0, equal_nan=True
+        )
+    even, odd = run_asm(gl, "prmt.b32 w, $2, $2, 0x3120;", [pairs, factors])
+    for actual, expected in ((even, exact[:, ::2]), (odd, exact[:, 1::2])):
+        torch.testing.assert_close(
+            actual, rounded(expected * factors.double()), rtol=0, atol=0, equal_nan=True
+        )
+
+
+SET = "setp.gt.f32 is_above, $1, 0f41000000; mov.b32 $0, 0;"
+ASK = "{ .reg .pred p; bar.red.or.pred p, 14, 128, is_above; selp.b32 $0, 1, 0, p; }"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((8.0,), 0), ((8.0, 8.000001), 1), ((float("nan"), -9.0), 0)]
+)
+def test_threads_vote_by_a_predicate(language, values, expected):
+    jit, gl = language
+
+    @jit
+    def kernel(x_ptr, out_ptr):
+        run_asm(gl, SET, [gl.load(x_ptr + gl.arange(0, 128))])
+        gl.store(out_ptr, run_asm(gl, ASK, []))
+
+    x, out = torch.zeros(128), torch.full((1,), -1, dtype=torch.int32)
+    x[40 : 40 + len(values)] = torch.tensor(values)
+    kernel[(1,)](x, out)
+    assert out.item() == expected
+
+
+def test_a_vote_without_a_predicate_and_one_of_other_threads_are_refused(language):
+    jit, gl = language
+
+    @jit
+    def kernel(x_ptr, COUNT: gl.constexpr):
+        if COUNT:
+            run_asm(gl, SET, [gl.load(x_ptr + gl.arange(0, COUNT))])
+        run_asm(gl, ASK, [])
+
+    with pytest.raises(EmulationError, match="is_above is read before it is set"):
+        kernel[(1,)](torch.zeros(128), COUNT=0)
+    with pytest.raises(EmulationError, match="64 elements for 4 warps"):
+        kernel[(1,)](torch.zeros(128), COUNT=64)
+    with pytest.raises(EmulationError, match="a vote of others than this partition's 8 warps"):
+        kernel[(1,)](torch.zeros(256), COUNT=256, num_warps=8)

@@ -7,15 +7,21 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from dsa_bench import registry
-from dsa_bench.kernels import sparse_decode_gluon
+from dsa_bench.kernels import row_decode, seesaw_decode, sparse_decode_gluon
 from dsa_bench.kernels.paging import pack_mla_rows
-from dsa_bench.kernels.sparse_decode import OPERATOR, SparseDecodeInputs, SparseDecodeShape
+from dsa_bench.kernels.sparse_decode import (
+    MAX_SPLITS,
+    OPERATOR,
+    SparseDecodeInputs,
+    SparseDecodeShape,
+)
 from dsa_bench.kernels.sparse_prefill import make_attention_tensor
 from dsa_bench.operator import Machine
 from tests import hostile
 from tests.gluon_emulator import emulated_gluon
 
-H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
+NUM_SMS = 132
+H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=NUM_SMS)
 CPU = Machine(device="cpu", name="a CPU")
 PRECISIONS = ("fp8", "bf16")
 
@@ -58,42 +64,47 @@ def test_gluon_supports_says_why_not():
     assert "needs a Hopper GPU (sm_90), this is a CPU" in sparse_decode_gluon.supports(shape, CPU)
 
 
-def splits(num_queries, topk=2048, num_heads=128, precision="fp8"):
-    return sparse_decode_gluon.choose_config(
-        num_queries, num_heads, topk, 132, precision
-    ).num_splits
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_few_queries_are_split_and_many_are_not(precision):
-    assert splits(1, precision=precision) == 16
-    assert splits(132, precision=precision) == 1
-    assert splits(1, topk=128, precision=precision) == 1
+def test_few_queries_over_bf16_rows_are_split_and_many_are_not():
+    assert seesaw_decode.choose_splits(1, 128, 2048, NUM_SMS) == 16
+    assert seesaw_decode.choose_splits(132, 128, 2048, NUM_SMS) == 1
+    assert seesaw_decode.choose_splits(1, 128, 128, NUM_SMS) == 1
 
 
 @pytest.mark.parametrize("topk", [1, 64, 128, 129, 256, 257, 300, 512, 1000, 1024, 2048, 4096])
-def test_splits_cover_all_keys_and_none_is_empty(topk):
+def test_splits_of_bf16_rows_cover_all_keys_and_none_is_empty(topk):
+    pairs = -(-topk // seesaw_decode.PAIR)
     for num_queries in (1, 2, 5, 16, 33, 66, 128, 300, 5000):
-        for num_heads in (8, 64, 96, 128):
-            for precision in PRECISIONS:
-                config = sparse_decode_gluon.choose_config(
-                    num_queries, num_heads, topk, 132, precision
-                )
-                pairs = -(-topk // 128)
-                pairs_a_split = -(-pairs // config.num_splits)
-                assert config.num_splits * pairs_a_split >= pairs
-                assert (config.num_splits - 1) * pairs_a_split < pairs
-                if precision == "fp8":
-                    assert pairs_a_split != 2  # ptxas spills there
-                registers = 2 * config.consumer_registers + config.loader_registers
-                assert 4 * registers <= 12 * 168
+        for num_heads in (1, 8, 64, 96, 128, 130):
+            num_splits = seesaw_decode.choose_splits(num_queries, num_heads, topk, NUM_SMS)
+            pairs_a_split = -(-pairs // num_splits)
+            assert (num_splits - 1) * pairs_a_split < pairs <= num_splits * pairs_a_split
+            assert num_splits <= MAX_SPLITS
+
+
+def test_registers_of_the_bf16_kernel_fit():
+    consumer = seesaw_decode.CONSUMER_REGISTERS
+    assert 4 * (2 * consumer + seesaw_decode.LOADER_REGISTERS) <= 12 * 168
+
+
+def is_split(inputs):
+    """Whether the kernel for this cache splits the keys of so many queries."""
+    queries, heads = inputs.q.shape[0] * inputs.q.shape[1], inputs.q.shape[2]
+    sizes = (queries, heads, inputs.topk_slots.shape[2], NUM_SMS)
+    if inputs.kv_cache.dtype == torch.uint8:
+        return row_decode.choose_config(*sizes).num_splits > 1
+    return seesaw_decode.choose_splits(*sizes) > 1
 
 
 def emulate(seed, shape, mutate, num_sms=1):
-    """With one multiprocessor nothing is gained by a split."""
+    """With one multiprocessor nothing is gained by a split; `test_row_decode.py` has more of
+    the kernel for fp8."""
     mangle_type(torch.zeros(1))  # its first call imports Gluon: the real one is wanted
     inputs = mutate(OPERATOR.make_inputs(shape, seed=seed, device="cpu"))
-    with emulated_gluon(seed=seed, num_sms=num_sms) as emulated, hostile.poisoned_outputs():
+    assert is_split(inputs) or num_sms == 1
+    with (
+        emulated_gluon(seed=seed, num_sms=num_sms, delay=0.0002) as emulated,
+        hostile.poisoned_outputs(),
+    ):
         module = emulated.load("dsa_bench.kernels.sparse_decode_gluon")
         outputs = module.run(inputs)
     return inputs, outputs
@@ -137,8 +148,7 @@ def test_gluon_emulated_peaked_is_as_exact_as_bf16(precision):
 @pytest.mark.parametrize("mutate", [hostile.plain, hostile.sparse_decode_wild])
 def test_gluon_emulated_in_splits(precision, mutate):
     shape = decode_shape(1, 2, 385, 16, precision)
-    assert sparse_decode_gluon.choose_config(2, 16, 385, 132, precision).num_splits == 4
-    hostile.assert_right("sparse_decode", *emulate(7, shape, mutate, num_sms=132))
+    hostile.assert_right("sparse_decode", *emulate(7, shape, mutate, num_sms=NUM_SMS))
 
 
 def nan_in_one_query(inputs):
@@ -160,8 +170,7 @@ def test_gluon_emulated_nan_of_a_listed_row_shows(precision):
 def test_gluon_emulated_nan_shows_in_splits(precision):
     """The split with NaN must not be taken for one without a key."""
     shape = decode_shape(2, 2, 385, 16, precision)
-    assert sparse_decode_gluon.choose_config(4, 16, 385, 132, precision).num_splits == 4
-    hostile.assert_nan_shows("sparse_decode", *emulate(9, shape, nan_in_one_query, num_sms=132))
+    hostile.assert_nan_shows("sparse_decode", *emulate(9, shape, nan_in_one_query, num_sms=NUM_SMS))
 
 
 @pytest.mark.interpret
@@ -172,7 +181,7 @@ def test_gluon_emulated_splits_behind_the_length_are_empty(precision):
         return replace(inputs, topk_lens=lens)
 
     shape = decode_shape(2, 2, 385, 16, precision)
-    inputs, outputs = emulate(10, shape, shorten, num_sms=132)
+    inputs, outputs = emulate(10, shape, shorten, num_sms=NUM_SMS)
     hostile.assert_right("sparse_decode", inputs, outputs)
     assert not outputs.out[0, 0].any()
     assert (outputs.lse[0, 0] == hostile.INF).all()

@@ -164,8 +164,8 @@ def test_gluon_emulated_sorts_rows_longer_than_one_bitmap():
 @pytest.mark.parametrize("length", [16384, 32768, 40000, 131072])
 def test_few_rows_of_random_logits_miss_their_threshold(length, topk):
     """The rank in a sample at which the list comes out too short is as far from the one that is
-    taken as that at which it overflows, and no nearer than 3 σ; with topk 2048 and 32768 columns
-    4.2 σ, one row in 10^5. At 3.2 σ one call of 128 rows in seven was slow."""
+    taken as that at which it overflows, and no nearer than 3 sigmas; with topk 2048 and 32768
+    columns 4.2, one row in 10^5. At 3.2 one call of 128 rows in seven was slow."""
     share = row_topk.choose_sample(length, topk) / length
     expected, most = topk * share, (candidate_list.list_words(topk) - 64) * share
     rank = min(expected + 4.25 * expected**0.5 + 1, (expected * most) ** 0.5)

@@ -81,6 +81,7 @@ def emulated_gluon(
     try:
         with (
             patch.object(torch.Tensor, "to", language.convert),
+            patch.object(torch.Tensor, "type", language.TensorType()),
             patch.object(torch.cuda, "get_device_properties", lambda *_: device),
             patch.object(core, "_aggregate", lambda cls: cls),
         ):

@@ -35,14 +35,36 @@ def opaque_zero(text: str, arguments: list[Any]) -> Tensor:
     return torch.tensor(0)
 
 
-def e4m3_words_to_bf16(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
-    """(int32 words of 4 e4m3, optional fp32 scales) -> two int32 words of 2 bf16 each."""
-    words, *scales = arguments
-    values = words.contiguous().view(torch.float8_e4m3fn).float().view(*words.shape, 4)
-    if scales:
-        values = values * torch.as_tensor(scales[0])[..., None]
-    pairs = values.to(torch.bfloat16).view(torch.int32)
-    return pairs[..., 0].contiguous(), pairs[..., 1].contiguous()
+def e4m3_columns_to_f16(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    """(int16 pairs of e4m3, f16 factors) -> f16: both bytes of even pairs, both of odd pairs.
+
+    A word has two pairs and two factors; each result takes the first factor for its low half.
+    """
+    values, factors = _e4m3_bytes(arguments[0]), arguments[1]
+    words = values.unflatten(-2, (-1, 2))
+    first, second = words[..., 0, :].flatten(-2), words[..., 1, :].flatten(-2)
+    return first * factors, second * factors
+
+
+def e4m3_rows_to_f16(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    """(int16 pairs of e4m3, f16 factors) -> f16: their low bytes, their high bytes."""
+    values, factors = _e4m3_bytes(arguments[0]), arguments[1]
+    return values[..., 0] * factors, values[..., 1] * factors
+
+
+def _e4m3_bytes(pairs: Tensor) -> Tensor:
+    """int16 [..] -> their two bytes [.., 2] in f16, which has every number of e4m3."""
+    values = pairs.contiguous().view(torch.float8_e4m3fn).view(*pairs.shape, 2)
+    return values.to(torch.float16)
+
+
+def product(text: str, arguments: list[Any]) -> Tensor:
+    """Of 16-bit floats, rounded once: torch multiplies them in fp32, which has every product."""
+    a, b = arguments
+    if a.dtype != b.dtype:
+        raise EmulationError(f"{a.dtype} times {b.dtype} by {text}")
+    result: Tensor = a * b
+    return result
 
 
 def split_bytes(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
@@ -254,7 +276,9 @@ MODELS: dict[str, Model] = {
     "barrier.arrive": named_barrier,
     "barrier.sync": named_barrier,
     "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
-    "cvt.rn.f16x2.e4m3x2": e4m3_words_to_bf16,
+    "mul.bf16x2 $0, $1, $2;": product,
+    "mov.b32 {a, b}, $2;": e4m3_columns_to_f16,
+    "prmt.b32 w, $2, $2, 0x3120;": e4m3_rows_to_f16,
     "mov.b32 $0, 0;": opaque_zero,
     "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;": split_bytes,
 }

@@ -1,13 +1,15 @@
-"""Models of inline assembly in which the lanes of a warp work together: `logit_scores.py` and
-`candidate_scan.py`."""
+"""Models of inline assembly in which lanes work together: `logit_scores.py`, `candidate_scan.py`
+and `decode_scores.py`."""
 
 import re
+import struct
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.gluon_emulator.memory import store
+from tests.gluon_emulator.program import WARP_SIZE, EmulationError, current
 
 
 def sum_quad(text: str, arguments: list[Any]) -> Tensor:
@@ -38,7 +40,33 @@ def append_candidates(text: str, arguments: list[Any]) -> Tensor:
     return counts
 
 
+def set_predicate(text: str, arguments: list[Any]) -> Tensor:
+    """(one fp32 element a thread): each thread of the partition keeps whether its own is above a
+    bound, in a register that the text names. NaN is not. Returns 0."""
+    found = re.search(r"setp\.gt\.f32 (\w+), \$1, 0f([0-9A-Fa-f]{8});", text)
+    if found is None:
+        raise EmulationError(f"predicate without a name and a bound: {text}")
+    if arguments[0].numel() != WARP_SIZE * current.num_warps:
+        # the register would be declared, and set, once for each element of a thread
+        raise EmulationError(f"{arguments[0].numel()} elements for {current.num_warps} warps")
+    (bound,) = struct.unpack(">f", bytes.fromhex(found[2]))
+    current.predicates[found[1]] = arguments[0] > bound
+    return torch.tensor(0)
+
+
+def any_predicate(text: str, arguments: list[Any]) -> Tensor:
+    """() -> 1 where the predicate that was set before holds in any thread of the partition."""
+    found = re.search(r"bar\.red\.or\.pred p, \d+, (\d+), (\w+);", text)
+    if found is None or int(found[1]) != WARP_SIZE * current.num_warps:
+        raise EmulationError(f"a vote of others than this partition's {current.num_warps} warps")
+    if found[2] not in current.predicates:
+        raise EmulationError(f"{found[2]} is read before it is set, or twice")
+    return current.predicates.pop(found[2]).any().to(torch.int32)
+
+
 LANES = {
     "shfl.sync.bfly.b32 s, s, 1": sum_quad,
     "vote.sync.ballot.b32 m, p": append_candidates,
+    "setp.gt.f32 is_above, $1,": set_predicate,
+    "bar.red.or.pred p,": any_predicate,
 }

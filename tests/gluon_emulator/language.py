@@ -70,6 +70,13 @@ def convert(x: Any, dtype: Any = None, *args: Any, bitcast: bool = False, **kwar
     return x.view(dtype)
 
 
+class TensorType:
+    """`x.type`, of which kernels ask the layout and the type of the elements."""
+
+    def __get__(self, x: Tensor, owner: type) -> types.SimpleNamespace:
+        return types.SimpleNamespace(layout=Layout(), element_ty=x.dtype, shape=list(x.shape))
+
+
 class Kernel:
     """What `gluon.jit` gives: callable by other kernels, and launched by kernel[grid](...)."""
 
@@ -175,6 +182,19 @@ def _sum(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
     return x.sum(dim=dim, keepdim=keepdim, dtype=torch.int32 if small else None)
 
 
+def _extreme(reduction: Callable[..., Tensor], unit: float) -> Callable[..., Tensor]:
+    """As max.f32 and min.f32 do, NaN gives way to any number."""
+
+    def run(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+        if not x.is_floating_point():
+            return reduction(x, dim=dim, keepdim=keepdim)
+        is_nan = x.isnan()
+        found = reduction(x.masked_fill(is_nan, unit), dim=dim, keepdim=keepdim)
+        return found.masked_fill(is_nan.all(dim=dim, keepdim=keepdim), float("nan"))
+
+    return _over(run)
+
+
 def reduce(
     x: Tensor, axis: int, combine_fn: Callable[..., Tensor], keep_dims: bool = False
 ) -> Tensor:
@@ -246,8 +266,8 @@ def _language(inline_asm: Callable[..., Any]) -> dict[str, Any]:
         "where": where,
         "maximum": _pairwise(torch.fmax),
         "minimum": _pairwise(torch.fmin),
-        "max": _over(torch.amax),
-        "min": _over(torch.amin),
+        "max": _extreme(torch.amax, -float("inf")),
+        "min": _extreme(torch.amin, float("inf")),
         "sum": _over(_sum),
         "reduce": reduce,
         "associative_scan": associative_scan,

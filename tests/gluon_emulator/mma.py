@@ -34,6 +34,8 @@ def warpgroup_mma(
     (m, k), (k_b, n) = a.shape, b.shape
     if k != k_b:
         raise EmulationError(f"warpgroup_mma of [{m}, {k}] and [{k_b}, {n}]")
+    if a.dtype != b.dtype:
+        raise EmulationError(f"warpgroup_mma of {a.dtype} and {b.dtype}")
     adds = bool(use_acc)
 
     def work() -> Tensor:

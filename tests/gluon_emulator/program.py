@@ -40,6 +40,8 @@ class Partition(threading.local):
         self.copy_queue: list[Callable[[], None]] = []
         self.copies: list[threading.Thread] = []
         self.unfenced: list[Any] = []
+        self.predicates: dict[str, Any] = {}
+        """Registers of the assembly that outlive the piece of it that sets them."""
         self.dice = random.Random()
 
 

@@ -1,0 +1,88 @@
+"""The loader of a program of `row_decode.py`: queries and listed cache rows by cp.async."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from dsa_bench.kernels.decode_tiles import (
+    GROUPS,
+    QUERY_TILES,
+    STAGES,
+    TILE_COLUMNS,
+    WIDTH,
+    count_pieces,
+    keys_of,
+    piece_after,
+)
+from dsa_bench.kernels.seesaw_loader import copy_rows
+from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, ROPE, is_key, load_key_block, opaque_zero
+
+ROW_BYTES = gl.constexpr(656)
+"""512 e4m3, 4 scales in fp32, 64 rope columns in bf16."""
+BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
+HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+SCALES = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
+"""Layouts of 16 bytes a thread, 8 threads a 128-byte line."""
+
+
+@gluon.jit
+def load(arguments, tiles):
+    """Piece after piece, its query and then its rows."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, BYTES)
+    LAST: gl.constexpr = arguments.NUM_BLOCKS - 1
+    for done in range(count_pieces(arguments)):
+        piece = piece_after(done, arguments)
+        keys = keys_of(arguments, piece)
+        following = load_key_block(keys, 0, ROWS)
+        mbarrier.wait(tiles.q_free, (done & 1) ^ 1)
+        _load_query(arguments, piece, tiles)
+        for i in range(arguments.NUM_BLOCKS):
+            n = done * arguments.NUM_BLOCKS + i
+            valid = is_key(following, keys.num_keys)
+            rows = gl.where(valid, following, 0)
+            # the entries of the next block travel while this one is gathered
+            following = load_key_block(keys, gl.minimum(i + 1, LAST) * BLOCK_KV, ROWS)
+            mbarrier.wait(tiles.k_free.index(n % STAGES), (n // STAGES & 1) ^ 1)
+            _load_rows(arguments, rows, valid, tiles, n % STAGES)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _load_rows(arguments, rows, valid, tiles, stage):
+    """A block of keys; those that are none become 0, their scales too."""
+    copy_rows(
+        tiles.k.index(stage), arguments.cache_ptr, ROW_BYTES, rows, valid, 0, WIDTH, BYTES, 16
+    )
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, HALVES), assert_trivial=True)
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, HALVES), assert_trivial=True)
+    copy_rows(
+        tiles.k_rope.index(stage), arguments.halves_ptr, ROW_BYTES // 2, rows, valid,
+        WIDTH // 2 + 2 * GROUPS, ROPE, HALVES,
+    )  # fmt: skip
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, SCALES))
+    valid = gl.convert_layout(valid, gl.SliceLayout(1, SCALES))
+    copy_rows(
+        tiles.scales.index(stage), arguments.scales_ptr, ROW_BYTES // 4, rows, valid,
+        WIDTH // 4, GROUPS, SCALES, 4,
+    )  # fmt: skip
+    async_copy.mbarrier_arrive(tiles.k_ready.index(stage), increment_count=False)
+    tiles.biases.index(stage).store(gl.where(valid, 0.0, -float("inf")))
+    mbarrier.arrive(tiles.k_ready.index(stage), count=1)
+
+
+@gluon.jit
+def _load_query(arguments, piece, tiles):
+    """BLOCK_H heads of a query; those that do not exist become 0."""
+    head_dim: gl.constexpr = WIDTH + ROPE
+    first_row = piece.row.to(gl.int64) * arguments.num_heads + piece.first_head
+    ptr = arguments.q_ptr + first_row * head_dim
+    offs_h = gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(1, HALVES))
+    exists = offs_h >= 0
+    if arguments.HEADS_MASKED:
+        exists = offs_h < arguments.num_heads - piece.first_head
+    for i in range(opaque_zero(), QUERY_TILES):
+        tile = tiles.q.index(i)
+        copy_rows(tile, ptr + i * TILE_COLUMNS, head_dim, offs_h, exists, 0, TILE_COLUMNS, HALVES)
+    copy_rows(tiles.q_rope.index(0), ptr, head_dim, offs_h, exists, WIDTH, ROPE, HALVES)
+    async_copy.mbarrier_arrive(tiles.q_ready, increment_count=False)

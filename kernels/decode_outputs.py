@@ -1,0 +1,169 @@
+"""An output warpgroup of a program of `row_decode.py`: Oᵀ of half the columns.
+
+The transposed product Vᵀ · P takes Vᵀ from registers. Pairs of columns are loaded as 16-bit numbers
+by a transposing load, so that a register has two columns of two keys; turned to f16 they are the
+even column of both and the odd column of both, each an operand of its own. So a warpgroup has
+accumulators of even and of odd columns.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dsa_bench.kernels.decode_tiles import (
+    ENTRY_FREE,
+    FREE_THREADS,
+    GROUP_PAIRS,
+    GROUPS,
+    PAIRS_TILE,
+    READY_THREADS,
+    RING,
+    STAGES,
+    WIDTH,
+    count_pieces,
+    piece_after,
+    products,
+)
+from dsa_bench.kernels.named_barrier import arrive_at, wait_at
+from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, opaque_zero, seen_as
+
+STEP_KEYS = gl.constexpr(16)
+"""Keys that one product sums over."""
+VALUE_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [0, 8]],
+        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 16],
+    )
+)
+"""[pairs of columns, keys] as the transposing load gives them: registers, lanes, warps."""
+
+
+@gluon.jit
+def accumulate(arguments, tiles, FIRST_GROUP: gl.constexpr, READY: gl.constexpr):
+    """Piece after piece: two groups of 128 columns from FIRST_GROUP on; READY is its barrier."""
+    BLOCK_H: gl.constexpr = arguments.BLOCK_H
+    OUTPUT: gl.constexpr = products(BLOCK_H)
+    for done in range(count_pieces(arguments)):
+        even0 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        odd0 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        even1 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        odd1 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        for i in range(arguments.NUM_BLOCKS):
+            n = done * arguments.NUM_BLOCKS + i
+            stage, slot = n % STAGES, (n + done) % RING
+            wait_at(READY + slot, READY_THREADS)
+            factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
+            if gl.min(factor, 0) < 1.0:
+                even0 = even0 * factor[None, :]
+                odd0 = odd0 * factor[None, :]
+                even1 = even1 * factor[None, :]
+                odd1 = odd1 * factor[None, :]
+            p = tiles.weights.index(slot)
+            even0, odd0, even1, odd1 = _add_block(
+                tiles, stage, slot, FIRST_GROUP, p, even0, odd0, even1, odd1, OUTPUT
+            )
+            mbarrier.arrive(tiles.k_free.index(stage), count=1)
+            arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+        slot = ((done + 1) * (arguments.NUM_BLOCKS + 1) - 1) % RING
+        wait_at(READY + slot, READY_THREADS)
+        factors = tiles.factors.index(slot)
+        # worked out anew: kept through the loop, all that hangs on it is spilled
+        piece = piece_after(done + opaque_zero(), arguments)
+        _store_output(arguments, piece, even0, odd0, factors, FIRST_GROUP * GROUP_PAIRS)
+        _store_output(arguments, piece, even1, odd1, factors, (FIRST_GROUP + 1) * GROUP_PAIRS)
+        arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+
+
+@gluon.jit
+def _add_block(
+    tiles, stage, slot, GROUP: gl.constexpr, p, even0, odd0, even1, odd1, OUTPUT: gl.constexpr
+):
+    """Vᵀ · P of two groups. While one product runs, the operands of the next are made."""
+    v0_even, v0_odd = _values(tiles, stage, slot, GROUP, 0, OUTPUT)
+    for i in gl.static_range(BLOCK_KV // STEP_KEYS):
+        part = p.slice(i * STEP_KEYS, STEP_KEYS, 0)
+        even0 = warpgroup_mma(v0_even, part, even0, is_async=True)
+        odd0 = warpgroup_mma(v0_odd, part, odd0, is_async=True)
+        v1_even, v1_odd = _values(tiles, stage, slot, GROUP + 1, i * STEP_KEYS, OUTPUT)
+        even0, odd0, v0_even, v0_odd = warpgroup_mma_wait(0, deps=[even0, odd0, v0_even, v0_odd])
+        even1 = warpgroup_mma(v1_even, part, even1, is_async=True)
+        odd1 = warpgroup_mma(v1_odd, part, odd1, is_async=True)
+        if i < BLOCK_KV // STEP_KEYS - 1:
+            v0_even, v0_odd = _values(tiles, stage, slot, GROUP, (i + 1) * STEP_KEYS, OUTPUT)
+        even1, odd1, v1_even, v1_odd = warpgroup_mma_wait(0, deps=[even1, odd1, v1_even, v1_odd])
+    return even0, odd0, even1, odd1
+
+
+@gluon.jit
+def _values(tiles, stage, slot, GROUP: gl.constexpr, KEY: gl.constexpr, OUTPUT: gl.constexpr):
+    """Even and odd columns of a group, of 16 keys: each [64, 16] f16, operands in registers."""
+    pairs = seen_as(tiles.k.index(stage), gl.int16, WIDTH // 2, PAIRS_TILE)
+    pairs = pairs.slice(GROUP * GROUP_PAIRS, GROUP_PAIRS, 1).slice(KEY, STEP_KEYS, 0)
+    pairs = pairs.permute((1, 0)).load(VALUE_PAIRS)
+    shares = tiles.shares.index(slot * GROUPS + GROUP).slice(KEY, STEP_KEYS, 0)
+    shares = shares.load(gl.SliceLayout(0, VALUE_PAIRS))
+    shares, pairs = gl.broadcast(shares[None, :], pairs)
+    even, odd = gl.inline_asm_elementwise(
+        """{ .reg .b16 a, b; .reg .b32 w, h0, h1;
+        prmt.b32 w, $2, $2, 0x3120; mov.b32 {a, b}, w;
+        cvt.rn.f16x2.e4m3x2 h0, a; cvt.rn.f16x2.e4m3x2 h1, b;
+        mul.f16x2 $0, h0, $3; mul.f16x2 $1, h1, $3; }""",
+        "=r,=r,r,r",
+        [pairs, shares],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    even = gl.convert_layout(even, OPERAND, assert_trivial=True)
+    return even, gl.convert_layout(odd, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _store_output(arguments, piece, even, odd, factors, FIRST: gl.constexpr):
+    """Pairs of columns: a word of two bf16, or two fp32 of a split; eight lanes write one head."""
+    OUTPUT: gl.constexpr = products(arguments.BLOCK_H)
+    factor = factors.load(gl.SliceLayout(0, OUTPUT))
+    even = even * factor[None, :]
+    odd = odd * factor[None, :]
+    row = (piece.split * arguments.num_queries + piece.row).to(gl.int64) * arguments.num_heads
+    first_pair = (row + piece.first_head) * (WIDTH // 2)
+    num_heads = arguments.num_heads - piece.first_head
+    if arguments.NUM_SPLITS > 1:
+        both = gl.join(even, odd)
+        LAYOUT: gl.constexpr = both.type.layout
+        PAIRS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+        offs = _pair_offsets(arguments.BLOCK_H, FIRST, 2, PAIRS)
+        side = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+        offs = gl.expand_dims(offs, 2) + gl.expand_dims(side[None, :], 0)
+        exists = offs >= 0
+        if arguments.HEADS_MASKED:
+            exists = offs < num_heads * WIDTH
+        gl.store(arguments.out_ptr + 2 * first_pair + offs, both, mask=exists)
+    else:
+        words = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+        offs = _pair_offsets(arguments.BLOCK_H, FIRST, 1, OUTPUT)
+        exists = offs >= 0
+        if arguments.HEADS_MASKED:
+            exists = offs < num_heads * (WIDTH // 2)
+        gl.store(arguments.out_ptr + first_pair + offs, words, mask=exists)
+
+
+@gluon.jit
+def _pair_offsets(
+    BLOCK_H: gl.constexpr, FIRST: gl.constexpr, ELEMENTS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """[pairs of a group, heads]: where the pair, of so many elements, stands among all heads'."""
+    offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
+    offs_d = FIRST + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
+    return offs_h[None, :] * (ELEMENTS * WIDTH // 2) + offs_d[:, None] * ELEMENTS

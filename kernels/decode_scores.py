@@ -1,0 +1,338 @@
+"""The scores warpgroup of a program of `row_decode.py`: products of keys and queries,
+softmax, weights in f16.
+
+Scores are [keys, heads]: a product takes its first operand from registers, so that keys are turned
+from e4m3 to f16 on their way from shared memory to the tensor cores, and never stored again. This
+warpgroup is what the kernel waits for: while one product runs, it makes the operand of the next.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dsa_bench.kernels.decode_tiles import (
+    ENTRY_FREE,
+    FREE_THREADS,
+    GROUPS,
+    LEFT_READY,
+    PAIRS_TILE,
+    QUERY_TILES,
+    READY_THREADS,
+    RIGHT_READY,
+    RING,
+    STAGES,
+    TILE_COLUMNS,
+    VOTE,
+    WIDTH,
+    count_pieces,
+    piece_after,
+    products,
+)
+from dsa_bench.kernels.named_barrier import arrive_at, wait_at
+from dsa_bench.kernels.seesaw_tiles import (
+    BLOCK_KV,
+    LN_2,
+    LOG2_E,
+    NO_MAXIMUM,
+    opaque_zero,
+    seen_as,
+)
+from dsa_bench.kernels.shared_words import block_barrier
+
+SHIFT = gl.constexpr(6.0)
+"""Weights are multiplied by 2^6, so that small ones are not lost in f16, ..."""
+SLACK = gl.constexpr(8.0)
+"""... whose largest is 2^16: a head's largest weight may grow by 2^8, to 2^14, before its reference
+is set anew, and the outputs with it."""
+SHARE = gl.constexpr(64.0)
+"""What the largest scale of a row becomes, for the others are to be f16 too: in full precision down
+to 2^-20 of it."""
+LEAST_SCALE = gl.constexpr(2.0**-40)
+"""Rows of smaller scales count as if their largest were this: its inverse is to be finite."""
+KEY_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [0, 8], [0, 16]],
+        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 32],
+    )
+)
+"""[keys, pairs of columns] as `ldmatrix` gives them: registers, lanes, warps."""
+# the four lanes that share a row have all scales of it
+KEY_SCALES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0]],
+        [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 4],
+    )
+)
+
+
+@gluon.constexpr_function
+def lane_sums(heads):
+    """What a thread has of the columns of scores, added up: [32 threads of a column, heads]."""
+    columns = [[0, 8 << i] for i in range((heads // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 1], *columns], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [],
+        [32, heads],
+    )  # fmt: skip
+
+
+@gluon.jit
+def score(arguments, tiles):
+    """Piece after piece: a block's weights and factor -> ring; at the end the last factor, and the
+    logarithm of the sum to memory."""
+    BLOCK_H: gl.constexpr = arguments.BLOCK_H
+    SCORES: gl.constexpr = products(BLOCK_H)
+    SUMS: gl.constexpr = lane_sums(BLOCK_H)
+    for done in range(count_pieces(arguments)):
+        piece = piece_after(done, arguments)
+        reference = gl.full([BLOCK_H], NO_MAXIMUM, gl.float32, gl.SliceLayout(0, SCORES))
+        sums = gl.zeros([32, BLOCK_H], gl.float32, SUMS)
+        first = done * arguments.NUM_BLOCKS
+        entry = first + done
+        mbarrier.wait(tiles.q_ready, done & 1)
+        _prepare_query(tiles, arguments.sm_scale_log2, BLOCK_H)
+        for i in range(arguments.NUM_BLOCKS):
+            s, shares, largest, bias = _multiply(arguments, tiles, first + i)
+            mbarrier.arrive(tiles.k_free.index((first + i) % STAGES), count=1)
+            reference, sums = _weigh(
+                arguments, s, shares, largest, bias, reference, sums, tiles, entry + i
+            )
+        mbarrier.arrive(tiles.q_free, count=1)
+        total = gl.convert_layout(gl.sum(sums, 0), gl.SliceLayout(0, SCORES))
+        # worked out anew: kept through the loop, row and offsets are spilled
+        piece = piece_after(done + opaque_zero(), arguments)
+        _finish(arguments, tiles, entry + arguments.NUM_BLOCKS, reference, total, piece)
+    for slot in gl.static_range(RING):
+        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+
+
+@gluon.jit
+def _prepare_query(tiles, sm_scale_log2, BLOCK_H: gl.constexpr):
+    """Turn the query to f16, in place: each head multiplied by a power of two, which its unit takes
+    back, and the columns of each 16 in another order.
+
+    `ldmatrix` gives a thread four bytes of 16 columns of a key, 4c … 4c + 3, where a product wants
+    the columns 2c, 2c + 1, 2c + 8, 2c + 9 of it: they are called so, and the query's follow.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    rope = tiles.q_rope.index(0).load(LAYOUT).to(gl.float32)
+    largest = _finite_size(rope)
+    for i in range(opaque_zero(), QUERY_TILES):
+        x = tiles.q.index(i).load(LAYOUT).to(gl.float32)
+        largest = gl.maximum(largest, _finite_size(x))
+    # a power of two that makes the largest 2^13 to 2^14
+    exponent = 267 - (gl.max(largest, 1).to(gl.int32, bitcast=True) >> 23)
+    exponent = gl.minimum(exponent, 253)
+    factor = (exponent << 23).to(gl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+    tiles.units.index(0).store(inverse * (sm_scale_log2 / SHARE))
+    tiles.q_rope.index(0).store((rope * factor[:, None]).to(gl.bfloat16))
+    for i in range(opaque_zero(), QUERY_TILES):
+        x = (tiles.q.index(i).load(LAYOUT).to(gl.float32) * factor[:, None]).to(gl.float16)
+        x = gl.permute(gl.reshape(x, [BLOCK_H, 4, 4, 2, 2]), [0, 1, 3, 2, 4])
+        x = gl.reshape(x, [BLOCK_H, TILE_COLUMNS])
+        seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).store(x)
+    fence_async_shared()
+    block_barrier()
+
+
+@gluon.jit
+def _finite_size(x):
+    """|x|, or 0 of what is not finite: it spoils its own head anyway."""
+    return gl.where(gl.abs(x) < float("inf"), gl.abs(x), 0.0)
+
+
+@gluon.jit
+def _query_tile(tiles, i, BLOCK_H: gl.constexpr):
+    """64 columns of the query in f16, transposed: [64, heads]."""
+    return seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).permute((1, 0))
+
+
+@gluon.jit
+def _multiply(arguments, tiles, n):
+    """(K · Qᵀ of block n in units of each row's largest scale, the rows' shares, that scale)."""
+    BLOCK_H: gl.constexpr = arguments.BLOCK_H
+    SCORES: gl.constexpr = products(BLOCK_H)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    stage = n % STAGES
+    z = opaque_zero()
+    mbarrier.wait(tiles.k_ready.index(stage), n // STAGES & 1)
+    scales = tiles.scales.index(stage).load(KEY_SCALES)
+    # the next power of two
+    largest = gl.maximum(gl.max(scales, 1), LEAST_SCALE).to(gl.int32, bitcast=True)
+    largest = ((largest + 0x7FFFFF) & 0x7F800000).to(gl.float32, bitcast=True)
+    inverse = SHARE / largest
+    shares = (scales * inverse[:, None]).to(gl.float16)
+    inverse = gl.convert_layout(inverse, ROWS, assert_trivial=True)
+    parts = _of_groups(shares)
+    pairs = seen_as(tiles.k.index(stage), gl.int16, WIDTH // 2, PAIRS_TILE)
+    words = load_pairs(pairs, 0)
+    rope = _rope_operand(tiles.k_rope.index(stage), inverse, SCORES)
+    none = gl.zeros([BLOCK_KV, BLOCK_H], gl.float32, SCORES)
+    s = warpgroup_mma(
+        rope, tiles.q_rope.index(z).permute((1, 0)), none, use_acc=False, is_async=True
+    )
+    operand = key_operand(words, parts[0], SCORES)
+    words = load_pairs(pairs, 1)
+    s = warpgroup_mma(operand, _query_tile(tiles, z, BLOCK_H), s, is_async=True)
+    s, rope = warpgroup_mma_wait(1, deps=[s, rope])
+    for i in gl.static_range(1, QUERY_TILES):
+        # while a product runs, the operand of the next is made, and the words behind it travel
+        following = key_operand(words, parts[i // 2], SCORES)
+        if i < QUERY_TILES - 1:
+            words = load_pairs(pairs, i + 1)
+        s = warpgroup_mma(following, _query_tile(tiles, z + i, BLOCK_H), s, is_async=True)
+        s, operand = warpgroup_mma_wait(1, deps=[s, operand])
+        operand = following
+    s, operand = warpgroup_mma_wait(0, deps=[s, operand])
+    bias = tiles.biases.index(stage).load(ROWS)
+    return s, shares, gl.convert_layout(largest, ROWS, assert_trivial=True), bias
+
+
+@gluon.jit
+def _of_groups(shares):
+    """[keys, 4] -> four times [keys]."""
+    even, odd = gl.split(gl.reshape(shares, [BLOCK_KV, 2, 2]))
+    share0, share2 = gl.split(even)
+    share1, share3 = gl.split(odd)
+    return share0, share1, share2, share3
+
+
+@gluon.jit
+def _rope_operand(tile, inverse, SCORES: gl.constexpr):
+    """[64 keys, 64] bf16 times a power of two a row, in registers."""
+    k = tile.load(gl.DotOperandLayout(0, SCORES, 2))
+    ROWS: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, SCORES, 2))
+    inverse = gl.convert_layout(inverse, ROWS, assert_trivial=True)
+    inverse, k = gl.broadcast(inverse.to(gl.bfloat16)[:, None], k)
+    return gl.inline_asm_elementwise(
+        "mul.bf16x2 $0, $1, $2;", "=r,r,r", [k, inverse], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def load_pairs(pairs, PART: gl.constexpr):
+    """64 columns of the keys, as pairs."""
+    return pairs.slice(32 * PART, 32, 1).load(KEY_PAIRS)
+
+
+@gluon.jit
+def key_operand(pairs, share, SCORES: gl.constexpr):
+    """64 columns: [64 keys, 64] f16, in registers, in the order of the query's."""
+    share = gl.convert_layout(share, gl.SliceLayout(1, KEY_PAIRS), assert_trivial=True)
+    share, pairs = gl.broadcast(share[:, None], pairs)
+    # of four columns the first two, and the last two
+    low, high = gl.inline_asm_elementwise(
+        """{ .reg .b16 a, b; .reg .b32 h0, h1; mov.b32 {a, b}, $2;
+        cvt.rn.f16x2.e4m3x2 h0, a; cvt.rn.f16x2.e4m3x2 h1, b;
+        mul.f16x2 $0, h0, $3; mul.f16x2 $1, h1, $3; }""",
+        "=r,=r,r,r",
+        [pairs, share],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+    k = gl.reshape(gl.join(low, high), [BLOCK_KV, 4, 8, 2])
+    k = gl.reshape(gl.permute(k, [0, 1, 3, 2]), [BLOCK_KV, 64])
+    return gl.convert_layout(k, gl.DotOperandLayout(0, SCORES, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _weigh(arguments, s, shares, largest, bias, reference, sums, tiles, entry):
+    """P · (the row's largest scale) = 2^(logit + log2 of that scale - reference + SHIFT) -> ring;
+    returns the reference and Σ P."""
+    SCORES: gl.constexpr = products(arguments.BLOCK_H)
+    SUMS: gl.constexpr = lane_sums(arguments.BLOCK_H)
+    log2_largest = ((largest.to(gl.int32, bitcast=True) >> 23) - 127).to(gl.float32)
+    units = tiles.units.index(0).load(gl.SliceLayout(0, SCORES))
+    s = s * (largest[:, None] * units[None, :]) + (log2_largest + bias)[:, None]
+    slot = entry % RING
+    factor = gl.full_like(reference, 1.0)
+    if _any_above(s - reference[None, :], arguments.BLOCK_H):
+        best = gl.maximum(reference, gl.max(s, 0))
+        factor = gl.exp2(reference - best)
+        reference = best
+        sums = sums * gl.convert_layout(factor, gl.SliceLayout(0, SUMS))[None, :]
+    p = gl.exp2(s - (reference - SHIFT)[None, :])
+    if entry >= RING:
+        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+    tiles.factors.index(slot).store(factor)
+    parts = _of_groups(shares)
+    for group in gl.static_range(GROUPS):
+        tiles.shares.index(slot * GROUPS + group).store(parts[group])
+    tiles.weights.index(slot).store(p.to(gl.float16))
+    # between the stores and the fence that waits for them
+    sums = sums + _lane_sums(p * (1.0 / largest)[:, None], arguments.BLOCK_H, SUMS)
+    fence_async_shared()
+    arrive_at(LEFT_READY + slot, READY_THREADS)
+    arrive_at(RIGHT_READY + slot, READY_THREADS)
+    return reference, sums
+
+
+@gluon.jit
+def _lane_sums(p, BLOCK_H: gl.constexpr, SUMS: gl.constexpr):
+    """[32, heads]: what each thread has of a column. The 32 are added up at the end of a piece."""
+    p = gl.sum(gl.reshape(p, [4, 2, 8, BLOCK_H]), 1)
+    return gl.convert_layout(gl.reshape(p, [32, BLOCK_H]), SUMS, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def vote_asm(barrier):
+    return f"{{ .reg .pred p; bar.red.or.pred p, {barrier}, 128, is_above; selp.b32 $0, 1, 0, p; }}"
+
+
+@gluon.jit
+def _any_above(x, BLOCK_H: gl.constexpr):
+    """Whether an element is above SLACK (0f41000000): each thread looks at its own, then all meet
+    at a barrier that ors. A reduction by shuffles and shared memory takes 800 cycles, which all
+    would wait for.
+
+    A predicate of the assembly carries each thread's answer from one piece to the next, for an
+    answer that the compiler takes for the same in all threads may not depend on a tensor.
+    """
+    x = gl.max(gl.reshape(x, [4, 2, 8, BLOCK_H]), 1)
+    x = gl.max(gl.max(gl.reshape(x, [32, BLOCK_H // 8, 4, 2]), 3), 1)
+    gl.inline_asm_elementwise(
+        ".reg .pred is_above; setp.gt.f32 is_above, $1, 0f41000000; mov.b32 $0, 0;", "=r,f", [x],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    found = gl.inline_asm_elementwise(
+        vote_asm(VOTE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return found != 0
+
+
+@gluon.jit
+def _finish(arguments, tiles, entry, reference, total, piece):
+    """1 / Σ is the last factor; the logarithm goes out. The sink joins Σ where nothing is split."""
+    SCORES: gl.constexpr = products(arguments.BLOCK_H)
+    offs_h = piece.first_head + gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(0, SCORES))
+    exists = offs_h < arguments.num_heads
+    denominator = total
+    if arguments.HAS_SINK:
+        sink = gl.load(arguments.sink_ptr + offs_h, mask=exists, other=0.0)
+        denominator = total + gl.exp2(sink * LOG2_E - (reference - SHIFT))
+    slot = entry % RING
+    if entry >= RING:
+        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+    # == 0 and not > 0: NaN of a key must show
+    tiles.factors.index(slot).store(gl.where(total == 0, 0.0, 1.0 / (SHARE * denominator)))
+    arrive_at(LEFT_READY + slot, READY_THREADS)
+    arrive_at(RIGHT_READY + slot, READY_THREADS)
+    log2_sum = reference - SHIFT + gl.log2(total)
+    row = (piece.split * arguments.num_queries + piece.row) * arguments.num_heads
+    if arguments.NUM_SPLITS > 1:
+        lse = gl.where(total == 0, -float("inf"), log2_sum)
+    else:
+        lse = gl.where(total == 0, float("inf"), log2_sum * LN_2)
+    gl.store(arguments.lse_ptr + row + offs_h, lse, mask=exists)

@@ -1,0 +1,232 @@
+"""What the four roles of a program of `row_decode.py` share: its arguments, shared memory,
+barriers and layouts."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.core import _aggregate as aggregate
+
+from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, LOADER_THREADS, ROPE, TILE, VECTOR, KeyList
+
+WIDTH = gl.constexpr(512)
+"""Columns of the values, the e4m3 part of a row."""
+TILE_COLUMNS = gl.constexpr(64)
+QUERY_TILES = gl.constexpr(8)
+"""A query lies in tiles of 64 columns, over which a loop can run: unrolled, the code that turns it
+to f16 is 30 KB, which take 15 µs to arrive where a program runs it once."""
+GROUPS = gl.constexpr(4)
+"""Scales of a row, one for 128 columns."""
+GROUP_PAIRS = gl.constexpr(64)
+"""Pairs of columns that share a scale; and the M of one product of the outputs."""
+STAGES = gl.constexpr(3)
+"""Blocks of keys in shared memory."""
+RING = gl.constexpr(2)
+"""Entries of the ring of weights: a piece has one for each block, and one without weights, whose
+factor is 1 / Σ."""
+
+# named barriers, one for each entry of the ring; 0 to 4 are the compiler's
+LEFT_READY = gl.constexpr(8)
+RIGHT_READY = gl.constexpr(10)
+ENTRY_FREE = gl.constexpr(12)
+READY_THREADS = gl.constexpr(256)
+"""The scores and one output warpgroup."""
+FREE_THREADS = gl.constexpr(384)
+"""The scores and both."""
+VOTE = gl.constexpr(14)
+"""Named barrier at which the scores' threads ask each other."""
+
+BYTES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
+PAIRS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+"""The bytes of a BYTES_TILE seen as pairs of columns."""
+SCALES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.constexpr_function
+def weights_tile(heads):
+    return gl.NVMMASharedLayout(2 * heads, 16, 2)
+
+
+@gluon.constexpr_function
+def products(heads):
+    """Accumulators of one warpgroup: [64 keys, heads] of scores, [64 pairs, heads] of outputs."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, heads, 16])
+
+
+@aggregate
+class Arguments:
+    """What all programs share; names as in `sparse_decode.py`."""
+
+    q_ptr: gl.tensor
+    cache_ptr: gl.tensor  # the same bytes as int8, bf16 and fp32
+    halves_ptr: gl.tensor
+    scales_ptr: gl.tensor
+    slots_ptr: gl.tensor
+    lens_ptr: gl.tensor
+    sink_ptr: gl.tensor
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    num_queries: gl.tensor
+    num_slots: gl.tensor
+    num_heads: gl.tensor
+    topk: gl.tensor
+    sm_scale_log2: gl.tensor
+    NUM_BLOCKS: gl.constexpr  # of a split
+    NUM_SPLITS: gl.constexpr
+    BLOCK_H: gl.constexpr
+    HAS_LENS: gl.constexpr
+    HAS_SINK: gl.constexpr
+    IS_RAGGED: gl.constexpr
+    HEADS_MASKED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_ptr, cache_ptr, halves_ptr, scales_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr,
+        lse_ptr, num_queries, num_slots, num_heads, topk, sm_scale_log2,
+        NUM_BLOCKS, NUM_SPLITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED,
+    ):  # fmt: skip
+        self.q_ptr = q_ptr
+        self.cache_ptr = cache_ptr
+        self.halves_ptr = halves_ptr
+        self.scales_ptr = scales_ptr
+        self.slots_ptr = slots_ptr
+        self.lens_ptr = lens_ptr
+        self.sink_ptr = sink_ptr
+        self.out_ptr = out_ptr
+        self.lse_ptr = lse_ptr
+        self.num_queries = num_queries
+        self.num_slots = num_slots
+        self.num_heads = num_heads
+        self.topk = topk
+        self.sm_scale_log2 = sm_scale_log2
+        self.NUM_BLOCKS = gl.constexpr(NUM_BLOCKS)
+        self.NUM_SPLITS = gl.constexpr(NUM_SPLITS)
+        self.BLOCK_H = gl.constexpr(BLOCK_H)
+        self.HAS_LENS = gl.constexpr(HAS_LENS)
+        self.HAS_SINK = gl.constexpr(HAS_SINK)
+        self.IS_RAGGED = gl.constexpr(IS_RAGGED)
+        self.HEADS_MASKED = gl.constexpr(HEADS_MASKED)
+
+
+@aggregate
+class Tiles:
+    """Shared memory of one program, and its mbarriers."""
+
+    q: gl.shared_memory_descriptor  # [QUERY_TILES, BLOCK_H, 64] bf16, then f16 (`_prepare_query`)
+    q_rope: gl.shared_memory_descriptor  # [1, BLOCK_H, ROPE] bf16
+    k: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, WIDTH] e4m3 as int8
+    k_rope: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, ROPE] bf16
+    scales: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, GROUPS] fp32
+    biases: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV] fp32: 0, or -inf where there is no key
+    weights: gl.shared_memory_descriptor  # [RING, BLOCK_KV, BLOCK_H] f16
+    shares: gl.shared_memory_descriptor  # [RING · GROUPS, BLOCK_KV] f16: scale / largest of the row
+    units: gl.shared_memory_descriptor  # [1, BLOCK_H] fp32: what a head's scores are multiplied by
+    factors: gl.shared_memory_descriptor  # [RING, BLOCK_H] fp32: outputs are multiplied by it first
+    q_ready: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k_ready: gl.shared_memory_descriptor  # [STAGES], as k_free
+    k_free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q, q_rope, k, k_rope, scales, biases, weights, shares, units, factors,
+        q_ready, q_free, k_ready, k_free,
+    ):  # fmt: skip
+        self.q = q
+        self.q_rope = q_rope
+        self.k = k
+        self.k_rope = k_rope
+        self.scales = scales
+        self.biases = biases
+        self.weights = weights
+        self.shares = shares
+        self.units = units
+        self.factors = factors
+        self.q_ready = q_ready
+        self.q_free = q_free
+        self.k_ready = k_ready
+        self.k_free = k_free
+
+
+@gluon.jit
+def allocate_tiles(BLOCK_H: gl.constexpr):
+    q = gl.allocate_shared_memory(gl.bfloat16, [QUERY_TILES, BLOCK_H, TILE_COLUMNS], TILE)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, ROPE], TILE)
+    k = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_KV, WIDTH], BYTES_TILE)
+    k_rope = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_KV, ROPE], TILE)
+    scales = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_KV, GROUPS], SCALES_TILE)
+    biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_KV], VECTOR)
+    shares = gl.allocate_shared_memory(gl.float16, [RING * GROUPS, BLOCK_KV], VECTOR)
+    weights = gl.allocate_shared_memory(
+        gl.float16, [RING, BLOCK_KV, BLOCK_H], weights_tile(BLOCK_H)
+    )
+    units = gl.allocate_shared_memory(gl.float32, [1, BLOCK_H], VECTOR)
+    factors = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_H], VECTOR)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=LOADER_THREADS)
+    mbarrier.init(q_free, count=1)
+    for j in gl.static_range(STAGES):
+        # each thread for its copies, and one for the biases, which are stored
+        mbarrier.init(k_ready.index(j), count=LOADER_THREADS + 1)
+        # the scores and both outputs
+        mbarrier.init(k_free.index(j), count=3)
+    return Tiles(
+        q, q_rope, k, k_rope, scales, biases, weights, shares, units, factors,
+        q_ready, q_free, k_ready, k_free,
+    )  # fmt: skip
+
+
+@aggregate
+class Piece:
+    """One split of the slots of one query, for BLOCK_H of its heads."""
+
+    row: gl.tensor  # of all queries
+    first_head: gl.tensor
+    split: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, row, first_head, split):
+        self.row = row
+        self.first_head = first_head
+        self.split = split
+
+
+@gluon.jit
+def head_tiles(arguments):
+    return (arguments.num_heads + arguments.BLOCK_H - 1) // arguments.BLOCK_H
+
+
+@gluon.jit
+def count_pieces(arguments):
+    """Pieces of this program."""
+    num_pieces = arguments.num_queries * head_tiles(arguments) * arguments.NUM_SPLITS
+    return (num_pieces - 1 - gl.program_id(0)) // gl.num_programs(0) + 1
+
+
+@gluon.jit
+def piece_after(done, arguments):
+    """The piece that comes after `done` others of this program. Those that gather the same rows
+    stand side by side."""
+    number = gl.program_id(0) + done * gl.num_programs(0)
+    tiles = head_tiles(arguments)
+    rest = number // tiles
+    return Piece(
+        rest // arguments.NUM_SPLITS,
+        number % tiles * arguments.BLOCK_H,
+        rest % arguments.NUM_SPLITS,
+    )
+
+
+@gluon.jit
+def keys_of(arguments, piece):
+    begin = piece.split * (arguments.NUM_BLOCKS * BLOCK_KV)
+    length = arguments.topk
+    if arguments.HAS_LENS:
+        # not below 0: the begin of a split is taken off
+        length = gl.maximum(gl.minimum(gl.load(arguments.lens_ptr + piece.row), arguments.topk), 0)
+    return KeyList(
+        arguments.slots_ptr + piece.row.to(gl.int64) * arguments.topk + begin,
+        length - begin, arguments.num_slots, arguments.NUM_BLOCKS, arguments.IS_RAGGED,
+    )  # fmt: skip
