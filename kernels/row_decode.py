@@ -90,11 +90,11 @@ class Fp8DecodeConfig:
 def choose_config(num_queries: int, num_heads: int, topk: int, num_sms: int) -> Fp8DecodeConfig:
     """What takes the least time on the busiest SM, merging included. µs on an H100, topk 2048:
 
-    queries, heads   64 heads a program         32                      16
-    1, 128           26.9 (16 splits), 24.6 (32)   18.8 (16), 18.0 (32)  16.3 (16), 17.3 (11)
-    32, 128          64.2 (2), 78.6 (4)         68.9 (1), 82.0 (2)
-    128, 128         178.5 (1), 230 (2)         261 (1)
-    128, 16                                                             79.0 (1), 89.0 (2)
+    queries × heads   64 heads a program         32                     16
+    1 × 128           26.9 (16 splits)           18.8 (16), 18.0 (32)   16.3 (16), 17.3 (11)
+    32 × 128          64.2 (2), 78.6 (4)         68.9 (1), 82.0 (2)
+    128 × 128         178.5 (1), 230 (2)         261 (1)
+    128 × 16                                                            79.0 (1), 89.0 (2)
     """
     blocks = -(-topk // BLOCK_KV)
     best, best_time = Fp8DecodeConfig(block_h=16, num_splits=1), float("inf")
