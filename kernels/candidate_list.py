@@ -6,9 +6,9 @@ Lists:
     columns  [num_rows, num_parts, capacity]  int32  its column
     counts   [num_rows, num_parts]            int32  how many the part has; more than `capacity`
                                                      says that it had no room for the rest
-num_parts is a power of 2, up to 128. What stands behind the count is never read, the order within a
-part has no meaning. Lists may be paired: then there are counts [num_rows, num_parts, 2], and of the
-two programs that fill a part the second begins at its end.
+num_parts is a power of 2, up to 128. What stands behind the count may be anything, the order within
+a part has no meaning. Lists may be paired: then there are counts [num_rows, num_parts, 2], and of
+the two programs that fill a part the second begins at its end.
 
 The lists of a row are complete if they hold its topk largest logits and, if one of a value is
 listed, all logits of the row that equal it: so it is when each part lists what reaches one

@@ -15,15 +15,13 @@ from dsa_bench.kernels.decode_tiles import (
     keys_of,
     piece_after,
 )
-from dsa_bench.kernels.seesaw_loader import copy_rows
+from dsa_bench.kernels.seesaw_loader import BYTES, HALVES, copy_rows
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, ROPE, is_key, load_key_block, opaque_zero
 
 ROW_BYTES = gl.constexpr(656)
 """512 e4m3, 4 scales in fp32, 64 rope columns in bf16."""
-BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
-HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 SCALES = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
-"""Layouts of 16 bytes a thread, 8 threads a 128-byte line."""
+"""All scales of a row a thread; two warps' copies are those of the other two."""
 
 
 @gluon.jit

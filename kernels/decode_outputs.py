@@ -15,13 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsa_bench.kernels.decode_tiles import (
-    ENTRY_FREE,
-    FREE_THREADS,
     GROUP_PAIRS,
     GROUPS,
     PAIRS_TILE,
-    READY_THREADS,
-    RING,
     STAGES,
     WIDTH,
     count_pieces,
@@ -30,6 +26,7 @@ from dsa_bench.kernels.decode_tiles import (
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, opaque_zero, seen_as
+from dsa_bench.kernels.weight_ring import ENTRY_FREE, FREE_THREADS, READY_THREADS, RING
 
 STEP_KEYS = gl.constexpr(16)
 """Keys that one product sums over."""

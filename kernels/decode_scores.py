@@ -6,6 +6,8 @@ from e4m3 to f16 on their way from shared memory to the tensor cores, and never 
 warpgroup is what the kernel waits for: while one product runs, it makes the operand of the next.
 """
 
+import struct
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,15 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsa_bench.kernels.decode_tiles import (
-    ENTRY_FREE,
-    FREE_THREADS,
     GROUPS,
-    LEFT_READY,
     PAIRS_TILE,
     QUERY_TILES,
-    READY_THREADS,
-    RIGHT_READY,
-    RING,
     STAGES,
     TILE_COLUMNS,
     VOTE,
@@ -43,12 +39,25 @@ from dsa_bench.kernels.seesaw_tiles import (
     seen_as,
 )
 from dsa_bench.kernels.shared_words import block_barrier
+from dsa_bench.kernels.weight_ring import (
+    ENTRY_FREE,
+    FREE_THREADS,
+    LEFT_READY,
+    READY_THREADS,
+    RIGHT_READY,
+    RING,
+)
 
 SHIFT = gl.constexpr(6.0)
 """Weights are multiplied by 2^6, so that small ones are not lost in f16, ..."""
-SLACK = gl.constexpr(8.0)
+SLACK = 8.0
 """... whose largest is 2^16: a head's largest weight may grow by 2^8, to 2^14, before its reference
 is set anew, and the outputs with it."""
+IS_ABOVE_ASM = gl.constexpr(
+    f".reg .pred is_above; setp.gt.f32 is_above, $1, 0f{struct.pack('>f', SLACK).hex()};"
+    " mov.b32 $0, 0;"
+)
+"""Declares the predicate outside of braces, so that the assembly of `vote_asm` sees it."""
 SHARE = gl.constexpr(64.0)
 """What the largest scale of a row becomes, for the others are to be f16 too: in full precision down
 to 2^-20 of it."""
@@ -293,19 +302,15 @@ def vote_asm(barrier):
 
 @gluon.jit
 def _any_above(x, BLOCK_H: gl.constexpr):
-    """Whether an element is above SLACK (0f41000000): each thread looks at its own, then all meet
-    at a barrier that ors. A reduction by shuffles and shared memory takes 800 cycles, which all
-    would wait for.
+    """Whether an element is above SLACK: each thread looks at its own, then all meet at a barrier
+    that ors. A reduction by shuffles and shared memory takes 800 cycles, which all wait for.
 
     A predicate of the assembly carries each thread's answer from one piece to the next, for an
     answer that the compiler takes for the same in all threads may not depend on a tensor.
     """
     x = gl.max(gl.reshape(x, [4, 2, 8, BLOCK_H]), 1)
     x = gl.max(gl.max(gl.reshape(x, [32, BLOCK_H // 8, 4, 2]), 3), 1)
-    gl.inline_asm_elementwise(
-        ".reg .pred is_above; setp.gt.f32 is_above, $1, 0f41000000; mov.b32 $0, 0;", "=r,f", [x],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    gl.inline_asm_elementwise(IS_ABOVE_ASM, "=r,f", [x], dtype=gl.int32, is_pure=False, pack=1)
     found = gl.inline_asm_elementwise(
         vote_asm(VOTE), "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
 
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, LOADER_THREADS, ROPE, TILE, VECTOR, KeyList
+from dsa_bench.kernels.weight_ring import RING
 
 WIDTH = gl.constexpr(512)
 """Columns of the values, the e4m3 part of a row."""
@@ -20,18 +21,6 @@ GROUP_PAIRS = gl.constexpr(64)
 """Pairs of columns that share a scale; and the M of one product of the outputs."""
 STAGES = gl.constexpr(3)
 """Blocks of keys in shared memory."""
-RING = gl.constexpr(2)
-"""Entries of the ring of weights: a piece has one for each block, and one without weights, whose
-factor is 1 / Σ."""
-
-# named barriers, one for each entry of the ring; 0 to 4 are the compiler's
-LEFT_READY = gl.constexpr(8)
-RIGHT_READY = gl.constexpr(10)
-ENTRY_FREE = gl.constexpr(12)
-READY_THREADS = gl.constexpr(256)
-"""The scores and one output warpgroup."""
-FREE_THREADS = gl.constexpr(384)
-"""The scores and both."""
 VOTE = gl.constexpr(14)
 """Named barrier at which the scores' threads ask each other."""
 

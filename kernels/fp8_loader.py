@@ -5,9 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from dsa_bench.kernels.fp8_tiles import BYTES, HALVES, STAGES, WIDTH, keys_of
+from dsa_bench.kernels.fp8_tiles import STAGES, WIDTH, keys_of
 from dsa_bench.kernels.head_pieces import count_pieces, piece_after
-from dsa_bench.kernels.seesaw_loader import copy_rows
+from dsa_bench.kernels.seesaw_loader import BYTES, HALVES, copy_rows
 from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, ROPE, is_key, load_key_block
 
 

@@ -16,12 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsa_bench.kernels.fp8_tiles import (
-    ENTRY_FREE,
-    FREE_THREADS,
     OUTPUT,
     PAIRS_TILE,
-    READY_THREADS,
-    RING,
     STAGES,
     TILE_PAIRS,
     WIDTH,
@@ -29,6 +25,7 @@ from dsa_bench.kernels.fp8_tiles import (
 from dsa_bench.kernels.head_pieces import count_pieces, piece_after
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, opaque_zero, seen_as
+from dsa_bench.kernels.weight_ring import ENTRY_FREE, FREE_THREADS, READY_THREADS, RING
 
 VALUES = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 4))
 LOADED_PAIRS = gl.constexpr(

@@ -16,12 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsa_bench.kernels.fp8_tiles import (
-    ENTRY_FREE,
-    FREE_THREADS,
-    LEFT_READY,
-    READY_THREADS,
-    RIGHT_READY,
-    RING,
     ROPE_SCORES,
     SCORES,
     STAGES,
@@ -38,6 +32,14 @@ from dsa_bench.kernels.seesaw_tiles import (
     is_key,
     load_key_block,
     opaque_zero,
+)
+from dsa_bench.kernels.weight_ring import (
+    ENTRY_FREE,
+    FREE_THREADS,
+    LEFT_READY,
+    READY_THREADS,
+    RIGHT_READY,
+    RING,
 )
 
 WEIGHT_SHIFT = gl.constexpr(4.0)

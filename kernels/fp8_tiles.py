@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.core import _aggregate as aggregate
 
 from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, LOADER_THREADS, ROPE, VECTOR, KeyList
+from dsa_bench.kernels.weight_ring import RING
 
 WIDTH = gl.constexpr(512)
 """Columns of the values, the e4m3 part of a key."""
@@ -15,26 +16,11 @@ TILE_PAIRS = gl.constexpr(64)
 STAGES = gl.constexpr(4)
 """Blocks of keys in shared memory. With 3, and a second query in the place of the fourth, the
 scores wait for keys a sixth of the time."""
-RING = gl.constexpr(2)
-"""Entries of the ring of weights: a piece has one for each block, and one without weights, whose
-factor is 1 / Σ."""
-
-# named barriers, one for each entry of the ring; 0 to 4 are the compiler's
-LEFT_READY = gl.constexpr(8)
-RIGHT_READY = gl.constexpr(10)
-ENTRY_FREE = gl.constexpr(12)
-READY_THREADS = gl.constexpr(256)
-"""The scores and one output warpgroup."""
-FREE_THREADS = gl.constexpr(384)
-"""The scores and both."""
 
 E4M3_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
 PAIRS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 """The bytes of an E4M3_TILE seen as pairs of columns; and the layout of bf16 tiles."""
 WEIGHTS_TILE = gl.constexpr(gl.NVMMASharedLayout(64, 8, 2))
-BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
-HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-"""Layouts of the loader: 16 bytes a thread, 8 threads a 128-byte line."""
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]))
 ROPE_SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 """The same accumulator where the product that adds to it is one of bf16."""

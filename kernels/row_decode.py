@@ -40,8 +40,12 @@ from dsa_bench.kernels.decode_loader import load
 from dsa_bench.kernels.decode_outputs import accumulate
 from dsa_bench.kernels.decode_scores import score
 from dsa_bench.kernels.decode_splits import MAX_SPLITS, PARTIAL_ROWS
-from dsa_bench.kernels.decode_tiles import LEFT_READY, RIGHT_READY, Arguments, allocate_tiles
+from dsa_bench.kernels.decode_tiles import (
+    Arguments,
+    allocate_tiles,
+)
 from dsa_bench.kernels.paging import HEAD_DIM_V
+from dsa_bench.kernels.weight_ring import LEFT_READY, RIGHT_READY
 
 BLOCK_KV = 64
 OUTPUT_REGISTERS, LOADER_REGISTERS = 168, 40

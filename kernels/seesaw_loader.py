@@ -25,6 +25,10 @@ from dsa_bench.kernels.seesaw_tiles import (
     load_key_block,
 )
 
+BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
+HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Of copies: 16 bytes a thread, 8 threads a 128-byte line, by four warps."""
+
 # triton 3.9 renamed the copy
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -49,17 +53,16 @@ class Query:
 @gluon.jit
 def load_query(query, tiles, queries_before):
     """The query tiles by cp.async, by four warps; heads that do not exist become 0."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     mbarrier.wait(tiles.query.index(QUERY_FREE), (queries_before & 1) ^ 1)
-    offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(1, LAYOUT))
+    offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(1, HALVES))
     exists = offs_h >= 0
     if query.HEADS_MASKED:
         exists = offs_h < query.num_heads
     ptr, stride = query.ptr, query.stride_head
-    copy_rows(tiles.q_left.index(0), ptr, stride, offs_h, exists, 0, HALF_V, LAYOUT)
-    copy_rows(tiles.q_right.index(0), ptr, stride, offs_h, exists, HALF_V, HALF_V, LAYOUT)
+    copy_rows(tiles.q_left.index(0), ptr, stride, offs_h, exists, 0, HALF_V, HALVES)
+    copy_rows(tiles.q_right.index(0), ptr, stride, offs_h, exists, HALF_V, HALF_V, HALVES)
     if tiles.HAS_ROPE:
-        copy_rows(tiles.q_rope.index(0), ptr, stride, offs_h, exists, 2 * HALF_V, ROPE, LAYOUT)
+        copy_rows(tiles.q_rope.index(0), ptr, stride, offs_h, exists, 2 * HALF_V, ROPE, HALVES)
     async_copy.mbarrier_arrive(tiles.query.index(QUERY_READY), increment_count=False)
 
 
@@ -86,8 +89,7 @@ def copy_rows(
 @gluon.jit
 def load_bf16_rows(kv_ptr, stride_row, keys, tiles, pairs_before):
     """The loader for bf16 rows: half blocks in the order in which the consumers touch them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    ROWS: gl.constexpr = gl.SliceLayout(1, HALVES)
     next0 = load_key_block(keys, 0, ROWS)
     next1 = load_key_block(keys, BLOCK_KV, ROWS)
     for i in range(keys.STEPS):
@@ -117,9 +119,8 @@ def load_bf16_list(kv_ptr, stride_row, keys, tiles):
 def _load_left(
     kv_ptr, stride_row, rows, valid, tiles, phase, BLOCK: gl.constexpr, BARRIER: gl.constexpr
 ):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     mbarrier.wait(tiles.free.index(BARRIER), phase)
-    copy_rows(tiles.k_left.index(BLOCK), kv_ptr, stride_row, rows, valid, 0, HALF_V, LAYOUT)
+    copy_rows(tiles.k_left.index(BLOCK), kv_ptr, stride_row, rows, valid, 0, HALF_V, HALVES)
     async_copy.mbarrier_arrive(tiles.ready.index(BARRIER), increment_count=False)
 
 
@@ -128,11 +129,10 @@ def _load_right(
     kv_ptr, stride_row, rows, valid, tiles, phase, BLOCK: gl.constexpr, BARRIER: gl.constexpr
 ):
     """With the rope columns."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     mbarrier.wait(tiles.free.index(BARRIER), phase)
-    copy_rows(tiles.k_right.index(BLOCK), kv_ptr, stride_row, rows, valid, HALF_V, HALF_V, LAYOUT)
+    copy_rows(tiles.k_right.index(BLOCK), kv_ptr, stride_row, rows, valid, HALF_V, HALF_V, HALVES)
     if tiles.HAS_ROPE:
         copy_rows(
-            tiles.k_rope.index(BLOCK), kv_ptr, stride_row, rows, valid, 2 * HALF_V, ROPE, LAYOUT
+            tiles.k_rope.index(BLOCK), kv_ptr, stride_row, rows, valid, 2 * HALF_V, ROPE, HALVES
         )
     async_copy.mbarrier_arrive(tiles.ready.index(BARRIER), increment_count=False)

@@ -27,13 +27,12 @@ from dsa_bench.kernels.fp8_loader import load
 from dsa_bench.kernels.fp8_outputs import accumulate
 from dsa_bench.kernels.fp8_scores import score
 from dsa_bench.kernels.fp8_tiles import (
-    LEFT_READY,
-    RIGHT_READY,
     Arguments,
     allocate_tiles,
 )
 from dsa_bench.kernels.sparse_prefill import SparsePrefillOutputs, SparsePrefillShape
 from dsa_bench.kernels.sparse_prefill_fp8 import Fp8PrefillInputs, check_arguments
+from dsa_bench.kernels.weight_ring import LEFT_READY, RIGHT_READY
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "sparse_prefill_fp8"

@@ -12,6 +12,7 @@ from dsa_bench.kernels.paging import pack_mla_rows
 from dsa_bench.kernels.sparse_decode import (
     MAX_SPLITS,
     OPERATOR,
+    PARTIAL_ROWS,
     SparseDecodeInputs,
     SparseDecodeShape,
 )
@@ -79,6 +80,8 @@ def test_splits_of_bf16_rows_cover_all_keys_and_none_is_empty(topk):
             pairs_a_split = -(-pairs // num_splits)
             assert (num_splits - 1) * pairs_a_split < pairs <= num_splits * pairs_a_split
             assert num_splits <= MAX_SPLITS
+            # from which memory is predicted
+            assert num_splits == 1 or num_splits * num_queries * num_heads <= PARTIAL_ROWS
 
 
 def test_registers_of_the_bf16_kernel_fit():
