@@ -57,8 +57,8 @@ def sampled(keys: Tensor) -> Tensor:
 
 
 def out_tolerance(values: Tensor) -> Tolerance:
-    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is about the rms of
-    values, fp32, a sample; and the same share of an element."""
+    """Twice what rounded weights do at most: 2^-4 of Σ weight · |value|, which is no more than the
+    rms of values, fp32, a sample, where many keys have weight; and the same share of an element."""
     rms = values.square().mean().sqrt().item() if values.numel() else 0.0
     return Tolerance(abs=OUT_RELATIVE * rms + 1e-30, rel=OUT_RELATIVE, cos=OUT_COSINE)
 
@@ -70,29 +70,38 @@ def logit_units(q_lengths: Tensor, k_length: Tensor, sm_scale: float) -> Tensor:
     return (lost / LSE_TOLERANCE.abs).clamp_min(1.0)
 
 
+def out_units(magnitudes: Tensor, values: Tensor) -> Tensor:
+    """1 where Σ weight · |value| is below the rms of values, else by how much it is above: where
+    two keys have all the weight, their values may be larger, and cancel."""
+    rms = values.square().mean().sqrt() if values.numel() else values.new_ones(())
+    return (magnitudes / (rms + 1e-30)).clamp_min(1.0)
+
+
 def check_outputs(
     actual: Any,
     expected: Any,
     plain: Any,
     tolerance: Tolerance,
     *,
-    units: Tensor | None = None,
+    out_unit: Tensor | None = None,
+    logit_unit: Tensor | None = None,
 ) -> tuple[Check, ...]:
     """All outputs against the fp32 reference: tolerances, and twice the error of `plain`.
 
     Where the scores are weak all weights of a query lie within one step of e4m3 and are rounded the
     same way, by 2^-4 at most, or by luck not at all: hence that floor under the budget. `lse` sees
     a missing key or a wrong scale long before `out` does; what `actual` has as None is not checked.
-    `max_logits` are compared in `logit_units`.
+    `out` is compared in `out_units` and `max_logits` in `logit_units`, where they are given.
     """
+    unit = 1.0 if out_unit is None else out_unit
     checks = [
-        compare_tensors("out", actual.out, expected.out, tolerance),
+        compare_tensors("out", actual.out / unit, expected.out / unit, tolerance),
         compare_to_budget("out_budget", actual.out, expected.out, plain.out, floor=E4M3_ROUNDING),
     ]
     for name in actual._fields:
         found, wanted, low = (getattr(outputs, name) for outputs in (actual, expected, plain))
         if name != "out" and found is not None:
-            unit = units if name == "max_logits" and units is not None else 1.0
+            unit = logit_unit if name == "max_logits" and logit_unit is not None else 1.0
             checks.append(compare_tensors(name, found / unit, wanted / unit, LSE_TOLERANCE))
             checks.append(
                 compare_logs_to_budget(

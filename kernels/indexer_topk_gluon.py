@@ -161,7 +161,7 @@ def _select_from_lists(
             sorted_indices=sorted_indices, words=sampling.words, config=SELECTION,
         )  # fmt: skip
         # before those of the next chunk are made
-        del lists
+        del lists, thresholds
         first += size
     rescue_rows(
         tensors, failed, out, sorted_indices=sorted_indices, workspace_bytes=workspace_bytes

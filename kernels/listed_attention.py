@@ -1,12 +1,14 @@
 """Attention of a tile of heads to a list of rows, block by block: shared by the portable kernels.
 
-    per block   S = Q · Kᵀ, -inf where an entry names no row      m' = max(m, scale · max S)
-                P = 2^(scale · S - m')                            l' = l · 2^(m - m') + Σ P
-                O' = O · 2^(m - m') + P · V
+    per block   S = Q · Kᵀ, -inf where an entry names no row   m' = max(m, max S)
+                P = 2^(scale · (S - m'))                       f = 2^(scale · (m - m'))
+                O' = O · f + P · V                             l' = l · f + Σ P
 
-with scale = sm_scale · log2 e. An entry that names no row loads zeros, because 0 × NaN is NaN. The
-entries of a block are read one block ahead by hand: then nothing but an address lies between the
-loop and the loads of rows, and the compiler makes them asynchronous copies, two blocks in flight.
+with scale = sm_scale · log2 e. The difference is taken first: of a logit of 2^40 a product that is
+rounded for m', and in a fused one is not, would leave 2^(2^16). An entry that names no row loads
+zeros, because 0 × NaN is NaN. The entries of a block are read one block ahead by hand: then nothing
+but an address lies between the loop and the loads of rows, and the compiler makes them asynchronous
+copies, two blocks in flight.
 
 bf16 rows are held in two halves of 256 columns and a tail of 64, for one accumulator of 512 columns
 was 6 % slower (271 against 290 TFLOP/s, H100, 8K keys, without masked loads). On Hopper the loop
@@ -85,11 +87,12 @@ def find_rows(entries, num_rows):
 
 @triton.jit
 def softmax_step(scores, valid, row_max, row_sum, qk_scale_log2):
-    """(weights, factor due to what was summed before, maximum and sum with this block)."""
+    """(weights, factor due to what was summed before, maximum and sum with this block); scores and
+    maximum are not scaled."""
     scores = tl.where(valid[None, :], scores, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale_log2)
-    rescale = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores * qk_scale_log2 - new_max[:, None])
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    rescale = tl.exp2((row_max - new_max) * qk_scale_log2)
+    weights = tl.exp2((scores - new_max[:, None]) * qk_scale_log2)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
@@ -111,7 +114,7 @@ def attend_bf16_rows(
     q_ptrs, is_head, rows_ptr, stride_row, num_rows, list_ptr, end, qk_scale_log2,
     HAS_ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(left and right half of the unnormalised output, running maximum, running sum).
+    """(left and right half of the unnormalised output, maximum as a power of 2, sum).
 
     The row stride is an argument even where it is a constant: a constant makes ptxas spill.
     """
@@ -136,7 +139,7 @@ def attend_bf16_rows(
         weights = weights.to(k_left.dtype)
         acc_left = tl.dot(weights, k_left, acc_left * rescale[:, None])
         acc_right = tl.dot(weights, k_right, acc_right * rescale[:, None])
-    return acc_left, acc_right, row_max, row_sum
+    return acc_left, acc_right, row_max * qk_scale_log2, row_sum
 
 
 @triton.jit

@@ -8,7 +8,8 @@ TFLOP/s at batch 128, topk 2048, on an H100), with few queries the number of pro
 
 With more than one split, partial outputs (fp32) and log2 sums go through memory and
 `combine_splits.py`; with one split the program writes the result itself. Supports bf16 caches from
-sm_80 on, fp8 from sm_89 on, any number of heads, queries and entries.
+sm_80 on, fp8 from sm_89 on, any number of heads, queries and entries. A head all of whose scores
+are -inf counts as one without a key.
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _attend_fp8_rows(
     q_ptrs, is_head, values_ptr, scales_ptr, halves_ptr, num_rows, list_ptr, end, qk_scale_log2,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(unnormalised output, running maximum, running sum) of all entries.
+    """(unnormalised output, maximum as a power of 2, sum) of all entries.
 
     Latents and output are whole, not halves as with bf16: two conversions in flight make ptxas
     spill 400 bytes, one of all 512 columns none.
@@ -100,7 +101,7 @@ def _attend_fp8_rows(
             scores, valid, row_max, row_sum, qk_scale_log2
         )
         acc = tl.dot(weights.to(tl.bfloat16), k, acc * rescale[:, None])
-    return acc, row_max, row_sum
+    return acc, row_max * qk_scale_log2, row_sum
 
 
 @triton.jit

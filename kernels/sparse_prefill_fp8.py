@@ -38,11 +38,12 @@ from torch import Tensor
 from dsa_bench.accuracy import Check
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels import fp8, sparse_prefill
-from dsa_bench.kernels.attention import AttentionRow
+from dsa_bench.kernels.attention import AttentionRow, attend
 from dsa_bench.kernels.fp8_attention import (
     check_outputs,
     logit_units,
     out_tolerance,
+    out_units,
     round_weights,
     sampled,
 )
@@ -173,13 +174,21 @@ def check(
     k = exact.kv[_listed(exact)]
     k = k[k.isfinite().all(1)]
     longest = k.norm(dim=1).max() if len(k) else k.new_zeros(())
+    magnitudes = sparse_prefill.attend_rows(exact, None, _attend_magnitudes).out
     return check_outputs(
         actual,
         sparse_prefill.reference(exact),
         _attend_rounded_rows(exact),
         out_tolerance(k[:, :WIDTH]),
-        units=logit_units(exact.q.norm(dim=-1), longest, inputs.sm_scale),
+        out_unit=out_units(magnitudes, k[:, :WIDTH]),
+        logit_unit=logit_units(exact.q.norm(dim=-1), longest, inputs.sm_scale),
     )
+
+
+def _attend_magnitudes(q: Tensor, k: Tensor, *args: Any) -> AttentionRow:
+    """`attend` whose values are the magnitudes of the keys': queries are blind to those columns."""
+    q = torch.cat([q.new_zeros(*q.shape[:2], WIDTH), q], -1)
+    return attend(q, torch.cat([k[..., :WIDTH].abs(), k], -1), *args)
 
 
 def _listed(inputs: SparsePrefillInputs) -> Tensor:

@@ -348,7 +348,8 @@ def test_gpu_holds_no_more_than_its_workspace(num_keys):
     implementation.run(inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     outputs = implementation.run(inputs)
-    grown = torch.cuda.max_memory_allocated() - before - outputs.topk_indices.nbytes
-    assert grown <= shape.workspace_bytes + 4096  # allocations are rounded up
+    # of what is allocated up to 1 MiB a tensor is the allocator's, which leaves that much uncut
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    assert peak - before - outputs.topk_indices.nbytes <= shape.workspace_bytes
