@@ -165,6 +165,7 @@ def _stage_table(title: str, stages: Sequence[StageTime]) -> TextTable:
     rows = tuple(
         (s.name, s.impl, format_seconds(s.seconds), format_share(_share(s.seconds, total)))
         for s in stages
+        if s.seconds > 0  # else it launched nothing: the one before did its work
     )
     numbers = frozenset({"time", "share"})
     head = ("stage", "implementation", "time", "share")

@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.radix_select import (
     BINS,
     SPARE_WORDS,
@@ -42,6 +43,7 @@ from dsa_bench.kernels.row_scan import (
     locate_row,
     write_all,
 )
+from dsa_bench.kernels.row_slots import locate_pages, page_arguments, page_types
 
 MAX_PARTS = 128
 GATHER_UNROLL = gl.constexpr(8)
@@ -177,14 +179,16 @@ def gather_lists(
     return gl.where(fits, total, 0), least, best
 
 
-@gluon.jit
+# a 1 would be specialised to a constant, which an aggregate refuses
+@gluon.jit(do_not_specialize=["seq_len_q", "max_pages", "stride_table_row"])
 def _select_kernel(
     values_ptr, columns_ptr, counts_ptr, logits_ptr, kv_start_ptr, kv_end_ptr, out_ptr, failed_ptr,
-    num_cols, stride_row,
+    num_cols, stride_row, slots_ptr, table_ptr, seq_len_q, max_pages, stride_table_row,
     TOPK: gl.constexpr, PART_CAPACITY: gl.constexpr, NUM_PARTS: gl.constexpr,
     IS_PAIRED: gl.constexpr, WORDS: gl.constexpr, ELEMENTS: gl.constexpr,
     ELEMENT_BYTES: gl.constexpr, SORTED: gl.constexpr, HAS_LOGITS: gl.constexpr,
-    IS_DEPENDENT: gl.constexpr, NUM_WARPS: gl.constexpr,
+    IS_DEPENDENT: gl.constexpr, HAS_PAGES: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
     memory = gl.allocate_shared_memory(
@@ -201,12 +205,17 @@ def _select_kernel(
         logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
     )
     out_ptr += row.to(gl.int64) * TOPK
+    pages = None
+    if HAS_PAGES:
+        pages = locate_pages(
+            slots_ptr, table_ptr, row, seq_len_q, max_pages, stride_table_row, TOPK, PAGE_SIZE
+        )
     if IS_DEPENDENT:
         wait_for_launch()
     if not HAS_LOGITS:
         gl.store(failed_ptr + row, 0)
     if limit - first <= TOPK:
-        write_all(base + first, limit - first, out_ptr, TOPK, NUM_WARPS)
+        write_all(base + first, limit - first, out_ptr, TOPK, NUM_WARPS, pages)
     else:
         number = row.to(gl.int64) * NUM_PARTS
         place = (number // 2 if IS_PAIRED else number) * PART_CAPACITY
@@ -218,7 +227,7 @@ def _select_kernel(
         if HAS_LOGITS:
             finish_row(
                 bins, is_listed, length, least_key, best, row_ptr, base, first, limit, out_ptr,
-                TOPK, WORDS, SORTED, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS,
+                TOPK, WORDS, SORTED, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS, pages,
             )  # fmt: skip
         else:
             if is_listed == 1:
@@ -228,11 +237,11 @@ def _select_kernel(
                 )
                 write_columns(
                     bins, length, out_ptr, base, limit, best, last, tied, tied_shift,
-                    WORDS, SORTED, NUM_WARPS,
+                    WORDS, SORTED, NUM_WARPS, pages,
                 )  # fmt: skip
             else:
                 gl.store(failed_ptr + row, 1)
-                write_all(0, 0, out_ptr, TOPK, NUM_WARPS)
+                write_all(0, 0, out_ptr, TOPK, NUM_WARPS, pages)
     memory._keep_alive()
 
 
@@ -253,7 +262,8 @@ class SelectConfig:
 def select_candidates(
     lists: CandidateLists, kv_start: Tensor, kv_end: Tensor, topk: int, num_cols: int, *,
     logits: Tensor | None = None, failed: Tensor | None = None, out: Tensor | None = None,
-    sorted_indices: bool = False, words: int | None = None, config: SelectConfig | None = None,
+    sorted_indices: bool = False, pages: Pages | None = None, slots: Tensor | None = None,
+    words: int | None = None, config: SelectConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Columns of the `topk` largest candidates of each row; equal ones by the lowest column.
 
@@ -264,6 +274,7 @@ def select_candidates(
         failed: [num_rows] int32; wanted if there are no logits.
         out: contiguous, for the result.
         sorted_indices: ascending columns.
+        pages, slots: as in `row_topk.py`.
         words: 64 more than the most entries that are selected from, a multiple of 512, at least
             4096; None: as `list_words` says.
     Returns:
@@ -287,6 +298,7 @@ def select_candidates(
         IS_PAIRED=is_paired, WORDS=list_words(topk) if words is None else words,
         ELEMENTS=config.elements, ELEMENT_BYTES=source.element_size(), SORTED=sorted_indices,
         HAS_LOGITS=logits is not None, IS_DEPENDENT=config.is_dependent,
+        **page_arguments(pages, slots, num_rows),
         NUM_WARPS=config.num_warps, num_warps=config.num_warps, maxnreg=config.max_registers,
         launch_pdl=config.is_dependent,
     )  # fmt: skip
@@ -304,21 +316,24 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             name=f"candidate_list[{label}]",
             kernel=_select_kernel,
-            signature=signature | {"logits_ptr": f"*{kind}:16"},
+            signature=signature | {"logits_ptr": f"*{kind}:16"} | of_pages,
             constexprs={
                 "TOPK": 2048, "PART_CAPACITY": capacity, "NUM_PARTS": parts,
                 "IS_PAIRED": not has_logits, "WORDS": words,
                 "ELEMENTS": config.elements, "ELEMENT_BYTES": 4 if kind == "fp32" else 2,
                 "SORTED": is_sorted, "HAS_LOGITS": has_logits, "IS_DEPENDENT": True,
-                "NUM_WARPS": config.num_warps,
+                "NUM_WARPS": config.num_warps, **page_constexprs,
             },
             options={"num_warps": config.num_warps, "maxnreg": config.max_registers},
             must_have={"ATOMS": 3, "SHFL": 10},
         )
-        for label, kind, parts, capacity, words, is_sorted, has_logits in (
-            ("plain", "fp32", 8, 5088, 5120, False, True),
-            ("bf16-sorted", "bf16", 64, 5088, 5120, True, True),
+        for label, kind, parts, capacity, words, is_sorted, has_logits, page_size in (
+            ("plain", "fp32", 8, 5088, 5120, False, True, None),
+            ("bf16-sorted", "bf16", 64, 5088, 5120, True, True, None),
             # as `indexer_topk_gluon.py` launches it
-            ("no-logits", "fp32", 8, 1440, 5632, False, False),
+            ("no-logits", "fp32", 8, 1440, 5632, False, False, None),
+            ("slots", "fp32", 64, 5088, 5120, False, True, 64),
+            ("slots-sorted", "fp32", 64, 5088, 5120, True, True, 17),
         )
+        for of_pages, page_constexprs in [page_types(page_size)]
     ]  # fmt: skip

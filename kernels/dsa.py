@@ -3,7 +3,8 @@
     prefill:  indexer → topk → sparse_prefill
               a chunk of seq_len_q queries that ends at position L
     decode:   paged_indexer → topk → page_slots → sparse_decode
-              seq_len_q new tokens of batch_size sequences
+              seq_len_q new tokens of batch_size sequences; a top-k that writes slots beside its
+              indices leaves page_slots nothing to run, and its cost is counted all the same
 
 Each stage is an operator of its own; an implementation of `dsa` names one implementation for each
 stage.
@@ -52,6 +53,7 @@ from dsa_bench.kernels.dsa_inputs import (
     make_prefill_inputs,
 )
 from dsa_bench.kernels.indexer_topk import check_selection
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.operator import Cost, Implementation, Memory, Operator, Run, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import INPUT_KINDS, RANDOM_INPUTS, Case
@@ -206,10 +208,10 @@ def select_prefill(
             (logits,) = stages["indexer"].run(chunk)
         with record_function("stage:topk"):
             start, end = chunk.kv_start, chunk.kv_end
-            (indices,) = stages["topk"].run(topk.TopkInputs(logits, start, end, topk_size))
+            outputs = stages["topk"].run(topk.TopkInputs(logits, start, end, topk_size))
         # before the next chunk's are made: one chunk of logits is the workspace
         del logits
-        selected.append(indices)
+        selected.append(outputs.topk_indices)
     if len(selected) == 1:
         return selected[0]
     with record_function("stage:topk"):
@@ -222,28 +224,42 @@ def run_decode(
     *,
     topk_indices: Tensor | None = None,
 ) -> DsaOutputs:
-    """`topk_indices` [batch_size, seq_len_q, topk]: use this selection instead of making one."""
-    indices = select_decode(inputs, stages) if topk_indices is None else topk_indices
-    with record_function("stage:page_slots"):
-        (slots,) = stages["page_slots"].run(
-            page_slots.PageSlotsInputs(indices, inputs.block_table, inputs.page_size)
-        )
+    """`topk_indices` [batch_size, seq_len_q, topk]: use this selection instead of making one.
+
+    page_slots runs only where the selection comes without slots.
+    """
+    if topk_indices is None:
+        indices, slots = select_decode(inputs, stages)
+    else:
+        indices, slots = topk_indices, None
+    if slots is None:
+        with record_function("stage:page_slots"):
+            (slots,) = stages["page_slots"].run(
+                page_slots.PageSlotsInputs(indices, inputs.block_table, inputs.page_size)
+            )
     with record_function("stage:sparse_decode"):
         out = stages["sparse_decode"].run(inputs.attention_inputs(slots))
     return DsaOutputs(out.out, out.lse, indices)
 
 
-def select_decode(inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]) -> Tensor:
-    """topk_indices of every query, by paged_indexer and topk alone."""
+def select_decode(
+    inputs: DsaDecodeInputs, stages: Mapping[str, Implementation]
+) -> topk.TopkOutputs:
+    """topk_indices of every query, by paged_indexer and topk alone, and topk_slots if topk gives
+    them: [batch_size, seq_len_q, topk]."""
     with record_function("stage:paged_indexer"):
         (logits,) = stages["paged_indexer"].run(inputs.indexer_inputs())
     with record_function("stage:topk"):
-        rows = logits.flatten(0, 1)
-        (indices,) = stages["topk"].run(
-            topk.TopkInputs(rows, inputs.no_start, inputs.seq_lens.flatten(), inputs.topk)
+        rows, pages = logits.flatten(0, 1), Pages(inputs.block_table, inputs.page_size)
+        ends = inputs.seq_lens.flatten()
+        selected = stages["topk"].run(
+            topk.TopkInputs(rows, inputs.no_start, ends, inputs.topk, pages=pages)
         )
-        selected: Tensor = indices.view(*logits.shape[:2], inputs.topk)
-        return selected
+        shape = (*logits.shape[:2], inputs.topk)
+        slots = selected.topk_slots
+        return topk.TopkOutputs(
+            selected.topk_indices.view(shape), None if slots is None else slots.view(shape)
+        )
 
 
 def reference_stages(phase: str) -> dict[str, Implementation]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_bench.kernels.hostile_rows import ROWS
+from dsa_bench.kernels.hostile_rows import ROWS, wild_pages
 
 NAN, INF = float("nan"), float("inf")
 LEAST = -(2**31)
@@ -297,6 +297,13 @@ def topk_sorted(inputs: Any) -> Any:
     return dataclasses.replace(topk_rows("ties")(inputs), sorted_indices=True)
 
 
+def topk_paged(inputs: Any) -> Any:
+    """Rows full of ties, of sequences whose pages lie anywhere: slots are wanted too."""
+    inputs = topk_rows("ties")(inputs)
+    pages = wild_pages(inputs.kv_end, inputs.index_logits.shape[1])
+    return dataclasses.replace(inputs, pages=pages)
+
+
 def linear_uneven(inputs: Any) -> Any:
     """Scales from 2^-20 to 2^12 in x and weight, rows of zeros, values at both ends of e4m3."""
     if inputs.x_scale is None:
@@ -368,7 +375,11 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
     "indexer_topk": {"ragged": _scores(indexer_ragged), "silent": _scores(indexer_silent)},
     "paged_indexer": {"ragged": paged_indexer_ragged},
     "page_slots": {"wild": page_slots_wild},
-    "topk": {kind: topk_rows(kind) for kind in TOPK_ROWS} | {"sorted": topk_sorted},
+    "topk": {
+        **{kind: topk_rows(kind) for kind in TOPK_ROWS},
+        "sorted": topk_sorted,
+        "paged": topk_paged,
+    },
 }
 
 SPARSE_SINGLE: dict[str, Mutation] = {

@@ -1,9 +1,12 @@
-"""Rows of logits that a top-k easily gets wrong, each made from Gaussian ones [rows, columns]."""
+"""Rows of logits that a top-k easily gets wrong, each made from Gaussian ones [rows, columns], and
+pages in which their columns lie."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from dsa_bench.kernels.paging import Pages
 
 NAN, INF = float("nan"), float("inf")
 
@@ -63,3 +66,20 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "periodic": periodic,
     "bf16": lambda x: x.bfloat16(),
 }
+
+
+def wild_pages(kv_end: Tensor, num_cols: int, *, page_size: int = 17) -> Pages:
+    """For rows that end at `kv_end`, up to three of a sequence: wild pages where no row reads, in a
+    slice of a larger table, and none for the last columns."""
+    num_rows, device = len(kv_end), kv_end.device
+    seq_len_q = next(size for size in (3, 2, 1) if num_rows % size == 0)
+    dims = num_rows // seq_len_q, max(1, num_cols // page_size - 1)
+    g = torch.Generator(device=device).manual_seed(14)
+    most = 2**31 // page_size
+    table = torch.randint(0, most, dims, generator=g, device=device, dtype=torch.int32)
+    used = -(-kv_end.clamp(0, num_cols).view(-1, seq_len_q).amax(1) // page_size)
+    entry = torch.arange(dims[1], device=device)
+    wild = torch.where(entry % 2 == 0, -(2**31), 2**31 - 1).to(torch.int32)
+    table = torch.where(entry < used[:, None], table, wild)
+    larger = torch.cat([table, torch.full_like(table[:, :1], -1)], 1)
+    return Pages(larger[:, : dims[1]], page_size)

@@ -19,6 +19,7 @@ tests/test_attention.py (132 bytes).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 """Of a cache that is not fp8."""
 PRECISIONS = {torch.uint8: "fp8", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """dtype of a cache -> its precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Where the sequences of a batch lie in a paged cache."""
+
+    block_table: Tensor
+    """[batch_size, max_pages] int32"""
+    page_size: int
+
+    def seq_len_q(self, num_rows: int) -> int:
+        """Rows of a sequence, if the batch has so many: row i is of sequence i // seq_len_q."""
+        return num_rows // max(1, self.block_table.shape[0])
 
 
 def mla_row_bytes(precision: str) -> int:

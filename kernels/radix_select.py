@@ -14,6 +14,7 @@ follow: the lowest columns are taken, so that the set depends on nothing but the
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from dsa_bench.kernels.row_slots import load_pages, store_slots
 from dsa_bench.kernels.shared_words import (
     block_barrier,
     count_bits,
@@ -230,9 +231,10 @@ def is_selected(depth, column, last, tied, tied_shift):
 @gluon.jit
 def write_columns(
     bins, length, out_ptr, base, limit, best, last, tied, tied_shift,
-    WORDS: gl.constexpr, SORTED: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WORDS: gl.constexpr, SORTED: gl.constexpr, NUM_WARPS: gl.constexpr, pages=None,
 ):  # fmt: skip
-    """Write the selected columns, base <= column < base + limit, ascending if SORTED."""
+    """Write the selected columns, base <= column < base + limit, ascending if SORTED; with `pages`
+    their slots too."""
     CHUNK: gl.constexpr = NUM_WARPS * 32 * LIST_UNROLL
     COUNTERS: gl.constexpr = 2 * WORDS - SLACK_WORDS
     slots = list_slots(NUM_WARPS)
@@ -244,15 +246,18 @@ def write_columns(
         if SORTED:
             store_word(WORDS + slot, gl.where(chosen, column - base, -1), slot < length)
         else:
+            # on their way while places are reserved
+            page = load_pages(pages, column, chosen)
             place = reserve_each(COUNTERS + WRITTEN, chosen)
             gl.store(out_ptr + place, column, mask=chosen)
+            store_slots(pages, place, column, page, chosen)
     if SORTED:
-        _write_ascending(bins, length, out_ptr, base, limit, WORDS, NUM_WARPS)
+        _write_ascending(bins, length, out_ptr, base, limit, WORDS, NUM_WARPS, pages)
 
 
 @gluon.jit
 def _write_ascending(
-    bins, length, out_ptr, base, limit, WORDS: gl.constexpr, NUM_WARPS: gl.constexpr
+    bins, length, out_ptr, base, limit, WORDS: gl.constexpr, NUM_WARPS: gl.constexpr, pages
 ):
     """Write the list's columns that are not -1: a bitmap in place of the values gives their ranks.
 
@@ -285,8 +290,11 @@ def _write_ascending(
             bit = load_word(WORDS + slot) - window
             here = (slot < length) & (bit >= 0) & (bit < WINDOW_WORDS * 32)
             bit = gl.where(here, bit, 0)
+            column = base + window + bit
+            page = load_pages(pages, column, here)
             place = load_word(2 * WORDS + (bit >> 7)) + count_bits_below(0, bit)
-            gl.store(out_ptr + place, base + window + bit, mask=here)
+            gl.store(out_ptr + place, column, mask=here)
+            store_slots(pages, place, column, page, here)
     # cleared, as the next row's histogram finds it
     block_barrier()
     bins.store(gl.zeros([BINS], gl.int32, LAYOUT))

@@ -26,6 +26,7 @@ from dsa_bench.kernels.radix_select import (
     unsigned,
     write_columns,
 )
+from dsa_bench.kernels.row_slots import load_pages, store_slots
 from dsa_bench.kernels.shared_words import block_barrier, load_word, reserve, store_word
 
 FIRST_SHIFT = gl.constexpr(22)
@@ -275,7 +276,7 @@ def divide_row(
 @gluon.jit
 def write_with_ties(
     row_ptr, base, first, limit, low, last, want, out_ptr, VECTOR: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    NUM_WARPS: gl.constexpr, pages=None,
 ):  # fmt: skip
     """Write, in the order of columns, all above depth `low` and the first `want` of `low` … `last`,
     which are equal."""
@@ -296,7 +297,9 @@ def write_with_ties(
         tie = num_equal + (before >> 16)
         place = num_above + (before & 0xFFFF) + gl.minimum(tie, want)
         chosen = is_above | (is_equal & (tie < want))
-        gl.store(out_ptr + place, base + begin + offs, mask=chosen)
+        column = base + begin + offs
+        gl.store(out_ptr + place, column, mask=chosen)
+        store_slots(pages, place, column, load_pages(pages, column, chosen), chosen)
         total = gl.max(reached, 0)
         num_above += total & 0xFFFF
         num_equal += total >> 16
@@ -306,10 +309,10 @@ def write_with_ties(
 def finish_row(
     bins, is_listed, length, least_key, best, row_ptr, base, first, limit, out_ptr,
     TOPK: gl.constexpr, WORDS: gl.constexpr, SORTED: gl.constexpr, LEAST_SHIFT: gl.constexpr,
-    VECTOR: gl.constexpr, ELEMENTS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    VECTOR: gl.constexpr, ELEMENTS: gl.constexpr, NUM_WARPS: gl.constexpr, pages=None,
 ):  # fmt: skip
     """Write the TOPK columns: from the list of `length` entries, or, where there is none, from the
-    row itself."""
+    row itself; with `pages` their slots too."""
     CAPACITY: gl.constexpr = WORDS - SPARE_WORDS
     low = 0
     last = -1
@@ -336,17 +339,22 @@ def finish_row(
         )
         write_columns(
             bins, length, out_ptr, base, limit, best, last, tied, tied_shift,
-            WORDS, SORTED, NUM_WARPS,
+            WORDS, SORTED, NUM_WARPS, pages,
         )  # fmt: skip
     else:
-        write_with_ties(row_ptr, base, first, limit, low, last, want, out_ptr, VECTOR, NUM_WARPS)
+        write_with_ties(
+            row_ptr, base, first, limit, low, last, want, out_ptr, VECTOR, NUM_WARPS, pages
+        )
 
 
 @gluon.jit
-def write_all(start, length, out_ptr, TOPK: gl.constexpr, NUM_WARPS: gl.constexpr):
-    """A row of no more than TOPK columns: all of them, then -1."""
+def write_all(start, length, out_ptr, TOPK: gl.constexpr, NUM_WARPS: gl.constexpr, pages=None):
+    """A row of no more than TOPK columns: all of them, then -1; with `pages` their slots too."""
     THREADS: gl.constexpr = NUM_WARPS * 32
     slot = gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     for begin in range(0, TOPK, THREADS):
         entry = begin + slot
-        gl.store(out_ptr + entry, gl.where(entry < length, start + entry, -1), mask=entry < TOPK)
+        exists = entry < TOPK
+        column = gl.where(entry < length, start + entry, -1)
+        gl.store(out_ptr + entry, column, mask=exists)
+        store_slots(pages, entry, column, load_pages(pages, column, exists), exists)

@@ -31,6 +31,7 @@ from dsa_bench.kernels.candidate_list import (
     select_candidates,
 )
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.radix_select import BINS, SLACK_WORDS, SPARE_WORDS, TOP, best_of_list
 from dsa_bench.kernels.row_scan import (
     append_above,
@@ -46,15 +47,19 @@ from dsa_bench.kernels.row_scan import (
     locate_row,
     write_all,
 )
+from dsa_bench.kernels.row_slots import check_pages, locate_pages, page_arguments, page_types
 
 MAX_TOPK = 4096
 
 
-@gluon.jit
+# a 1 would be specialised to a constant, which an aggregate refuses
+@gluon.jit(do_not_specialize=["seq_len_q", "max_pages", "stride_table_row"])
 def _topk_kernel(
     logits_ptr, kv_start_ptr, kv_end_ptr, out_ptr, num_cols, stride_row,
+    slots_ptr, table_ptr, seq_len_q, max_pages, stride_table_row,
     TOPK: gl.constexpr, SAMPLE: gl.constexpr, WORDS: gl.constexpr, ELEMENTS: gl.constexpr,
-    ELEMENT_BYTES: gl.constexpr, SORTED: gl.constexpr, NUM_WARPS: gl.constexpr,
+    ELEMENT_BYTES: gl.constexpr, SORTED: gl.constexpr, HAS_PAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
     CAPACITY: gl.constexpr = WORDS - SPARE_WORDS
@@ -73,8 +78,13 @@ def _topk_kernel(
         logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
     )
     out_ptr += row.to(gl.int64) * TOPK
+    pages = None
+    if HAS_PAGES:
+        pages = locate_pages(
+            slots_ptr, table_ptr, row, seq_len_q, max_pages, stride_table_row, TOPK, PAGE_SIZE
+        )
     if limit - first <= TOPK:
-        write_all(base + first, limit - first, out_ptr, TOPK, NUM_WARPS)
+        write_all(base + first, limit - first, out_ptr, TOPK, NUM_WARPS, pages)
     else:
         is_listed = 0
         length = 0
@@ -101,7 +111,7 @@ def _topk_kernel(
                     best = best_of_list(length, NUM_WARPS)
         finish_row(
             bins, is_listed, length, least_key, best, row_ptr, base, first, limit, out_ptr,
-            TOPK, WORDS, SORTED, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS,
+            TOPK, WORDS, SORTED, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS, pages,
         )  # fmt: skip
     memory._keep_alive()
 
@@ -220,8 +230,8 @@ def choose_config(
 
 def topk(
     index_logits: Tensor, kv_start: Tensor, kv_end: Tensor, topk: int, *,
-    sorted_indices: bool = False, out: Tensor | None = None, list_room: int | None = None,
-    config: TopkConfig | None = None,
+    sorted_indices: bool = False, pages: Pages | None = None, slots: Tensor | None = None,
+    out: Tensor | None = None, list_room: int | None = None, config: TopkConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Columns of the `topk` largest logits of each row; conventions as in `topk.py`.
 
@@ -233,6 +243,9 @@ def topk(
         topk: 1 … 4096.
         sorted_indices: write the columns of each row in ascending order: a bitmap of the columns,
             the sums of its bits and one pass more over the list for every 131072 columns.
+        pages: of the sequences whose positions the columns are; num_rows / batch_size rows each.
+        slots: [num_rows, topk] int32, contiguous, for the rows of the cache that these positions
+            lie in, as in `page_slots.py`, written by the same kernel; wanted with `pages`.
         out: [num_rows, topk] int32, contiguous, for the result.
         list_room: bytes that lists of few rows may take (up to 26 MB); None: what they need.
         config: how to launch it; None lets `choose_config` decide.
@@ -243,10 +256,11 @@ def topk(
     expect_tensor("index_logits", index_logits, dtypes, num_rows=None, num_cols=None)
     expect_tensor("kv_start", kv_start, torch.int32, num_rows=index_logits.shape[0])
     expect_tensor("kv_end", kv_end, torch.int32, num_rows=index_logits.shape[0])
-    expect_same_device(index_logits=index_logits, kv_start=kv_start, kv_end=kv_end)
+    expect_same_device(index_logits=index_logits, kv_start=kv_start, kv_end=kv_end, slots=slots)
     if not 0 < topk <= MAX_TOPK:
         raise ValueError(f"topk must be 1 … {MAX_TOPK}, got {topk}")
     num_rows, num_cols = index_logits.shape
+    check_pages(pages, slots, num_rows, topk)
     if out is None:
         out = torch.empty(num_rows, topk, dtype=torch.int32, device=index_logits.device)
     if num_rows == 0:
@@ -258,7 +272,7 @@ def topk(
     if device.major < 9:
         config = replace(config, is_dependent=False)
     launch = _launch_rows if config.parts == 1 else _launch_parts
-    launch(index_logits, kv_start, kv_end, out, sorted_indices, config)
+    launch(index_logits, kv_start, kv_end, out, sorted_indices, pages, slots, config)
     return out
 
 
@@ -273,20 +287,20 @@ def _scan_constants(config: TopkConfig, element_bytes: int) -> dict[str, int]:
 
 def _launch_rows(
     logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
-    config: TopkConfig,
+    pages: Pages | None, slots: Tensor | None, config: TopkConfig,
 ) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
     _topk_kernel[(num_rows,)](
         logits, kv_start, kv_end, out, num_cols, logits.stride(0),
         TOPK=out.shape[1], WORDS=config.words, SORTED=sorted_indices,
-        **_scan_constants(config, logits.element_size()),
+        **page_arguments(pages, slots, num_rows), **_scan_constants(config, logits.element_size()),
         num_warps=config.num_warps, maxnreg=config.max_registers,
     )  # fmt: skip
 
 
 def _launch_parts(
     logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
-    config: TopkConfig,
+    pages: Pages | None, slots: Tensor | None, config: TopkConfig,
 ) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
     capacity = config.words - int(SPARE_WORDS.value)
@@ -302,7 +316,7 @@ def _launch_parts(
     )  # fmt: skip
     select_candidates(
         lists, kv_start, kv_end, out.shape[1], num_cols, logits=logits, out=out,
-        sorted_indices=sorted_indices, words=config.words,
+        sorted_indices=sorted_indices, pages=pages, slots=slots, words=config.words,
         config=SelectConfig(
             num_warps=config.select_warps, elements=config.elements,
             is_dependent=config.is_dependent,
@@ -319,11 +333,13 @@ def compile_cases() -> list[CompileCase]:
         ("values_ptr", "fp32"), ("columns_ptr", "i32"), ("counts_ptr", "i32"),
     )}  # fmt: skip
     cases = []
-    for label, num_rows, kind, is_sorted in (
-        ("few-rows", 32, "fp32", False),
-        ("few-rows-bf16", 32, "bf16", False),
-        ("many-rows", 4096, "fp32", False),
-        ("many-rows-bf16-sorted", 4096, "bf16", True),
+    for label, num_rows, kind, is_sorted, page_size in (
+        ("few-rows", 32, "fp32", False, None),
+        ("few-rows-bf16", 32, "bf16", False, None),
+        ("many-rows", 4096, "fp32", False, None),
+        ("many-rows-bf16-sorted", 4096, "bf16", True, None),
+        ("many-rows-slots", 4096, "fp32", False, 64),
+        ("many-rows-slots-sorted", 4096, "fp32", True, 17),
     ):
         config = choose_config(num_rows, 131072, 2048, 132)
         options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
@@ -331,7 +347,9 @@ def compile_cases() -> list[CompileCase]:
         constexprs = {"TOPK": 2048, **_scan_constants(config, element_bytes)}
         own = signature | {"logits_ptr": f"*{kind}:16"}
         if config.parts == 1:
-            constexprs |= {"WORDS": config.words, "SORTED": is_sorted}
+            of_pages, page_constexprs = page_types(page_size)
+            constexprs |= {"WORDS": config.words, "SORTED": is_sorted, **page_constexprs}
+            own |= of_pages
         else:
             constexprs |= {"CAPACITY": 5056, "PART_CAPACITY": 5088}
             constexprs |= {"NUM_PARTS": config.parts, "IS_DEPENDENT": True}

@@ -9,12 +9,17 @@ Shapes:
     kv_end        [num_rows]            int32  one past the last valid column
     topk_indices  [num_rows, topk]      int32  columns (positions in the sequence), -1 = none;
                                                unsorted, or ascending if sorted_indices
+    topk_slots    [num_rows, topk]      int32  optional: rows of the paged cache, see below
 
 Conventions: a row with fewer than topk valid columns lists them all, then -1; an empty row is all
 -1. Which of several equal values at the boundary is taken is undefined, except where an
 implementation says that it takes the lowest columns, as the reference does: then the set depends on
 nothing but the values. -0 equals +0; NaN counts as -inf; -inf inside the range is a valid, smallest
 value. What is outside is never looked at.
+
+If the inputs have pages, an implementation may give `topk_slots` too, what `page_slots` makes of
+topk_indices: then decode needs no stage for it. Rows are those of the batch's sequences, seq_len_q
+= num_rows / batch_size each, in order. The reference leaves them to `page_slots`.
 
 Source: the contract that vLLM, SGLang and Megatron use; TileLang's selector differs (it leaves the
 tail at 0).
@@ -27,7 +32,9 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import Check, shape_differs
+from dsa_bench.kernels import page_slots
 from dsa_bench.kernels.indexer import causal_range
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
 from dsa_bench.record import Case
@@ -65,10 +72,14 @@ class TopkInputs:
     topk: int
     sorted_indices: bool = False
     """Each row's columns ascend."""
+    pages: Pages | None = None
+    """Of the sequences that the rows are queries of."""
 
 
 class TopkOutputs(NamedTuple):
     topk_indices: Tensor
+    topk_slots: Tensor | None = None
+    """None: there are no pages, or the implementation makes no slots of them."""
 
 
 def make_inputs(shape: TopkShape, *, seed: int, device: torch.device | str) -> TopkInputs:
@@ -133,7 +144,7 @@ def check(
     inputs: TopkInputs, outputs: TopkOutputs, *, rows: Tensor | None = None
 ) -> tuple[Check, ...]:
     """Selected values equal the k largest as a multiset; columns are unique and valid, -1 last, and
-    ascend if they are to."""
+    ascend if they are to. Slots, if there are any, are those of the columns, one by one."""
     actual = outputs.topk_indices if rows is None else outputs.topk_indices[rows]
     num_rows = inputs.kv_start.shape[0] if rows is None else len(rows)
     if actual.shape != (num_rows, inputs.topk):
@@ -168,7 +179,23 @@ def check(
             figures=figures,
             limits=dict.fromkeys(figures, 0.0),
         ),
+        *check_slots(inputs, outputs, rows),
     )
+
+
+def check_slots(inputs: TopkInputs, outputs: TopkOutputs, rows: Tensor | None) -> tuple[Check, ...]:
+    """Against those that the returned columns have; nothing where there are no slots."""
+    pages, slots = inputs.pages, outputs.topk_slots
+    if pages is None or slots is None:
+        return ()
+    indices, num_rows = outputs.topk_indices, inputs.kv_start.shape[0]
+    if slots.shape != indices.shape:
+        return (shape_differs("topk_slots"),)
+    if rows is None:
+        rows = torch.arange(num_rows, device=indices.device)
+    table = pages.block_table[rows // pages.seq_len_q(num_rows)]
+    of_rows = page_slots.PageSlotsInputs(indices[rows, None], table, pages.page_size)
+    return page_slots.check(of_rows, page_slots.PageSlotsOutputs(slots[rows, None]))
 
 
 def cost(shape: TopkShape) -> Cost:

@@ -1,4 +1,9 @@
-"""Exact top-k in Gluon: `row_topk.py`. Of equal values it takes the lowest columns."""
+"""Exact top-k in Gluon: `row_topk.py`. Of equal values it takes the lowest columns.
+
+Where there are pages it writes `topk_slots` beside the columns.
+"""
+
+import torch
 
 from dsa_bench.kernels.row_topk import MAX_TOPK, topk
 from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape
@@ -8,12 +13,15 @@ IMPLEMENTS = "topk"
 
 
 def run(inputs: TopkInputs) -> TopkOutputs:
-    return TopkOutputs(
-        topk(
-            inputs.index_logits, inputs.kv_start, inputs.kv_end, inputs.topk,
-            sorted_indices=inputs.sorted_indices,
-        )
+    logits, slots = inputs.index_logits, None
+    if inputs.pages is not None:
+        shape = (logits.shape[0], inputs.topk)
+        slots = torch.empty(shape, dtype=torch.int32, device=logits.device)
+    indices = topk(
+        logits, inputs.kv_start, inputs.kv_end, inputs.topk,
+        sorted_indices=inputs.sorted_indices, pages=inputs.pages, slots=slots,
     )  # fmt: skip
+    return TopkOutputs(indices, slots)
 
 
 def supports(shape: TopkShape, machine: Machine) -> str | None:

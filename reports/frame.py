@@ -84,7 +84,8 @@ def cases(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def stages(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a stage of an `ok` case, in the order in which the stages run."""
+    """One row a stage of an `ok` case, in the order in which the stages run; none for a stage that
+    launched nothing because the one before did its work."""
     made = [
         {
             **{"run": index, "key": case.first.case.key, "stage": clean(stage.name)},
@@ -95,6 +96,7 @@ def stages(runs: Sequence[Run]) -> pd.DataFrame:
         for case in pool(run.records)
         if case.status == "ok"
         for stage in case.stages
+        if stage.seconds > 0
     ]
     return pd.DataFrame(made, columns=list(STAGE_COLUMNS))
 

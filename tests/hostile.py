@@ -49,6 +49,7 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     sparse_prefill_paged,
     sparse_prefill_strided,
     sparse_prefill_wild,
+    topk_paged,
     topk_rows,
     topk_sorted,
 )

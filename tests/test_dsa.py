@@ -11,15 +11,16 @@ from dsa_bench import gate, machine, registry
 from dsa_bench.accuracy import compare_tensors
 from dsa_bench.baselines.dense_attention import OPERATOR as DENSE
 from dsa_bench.baselines.dense_attention import DenseDecodeInputs
-from dsa_bench.kernels import dsa, indexer, paged_indexer, topk
+from dsa_bench.kernels import dsa, indexer, page_slots, paged_indexer, topk
 from dsa_bench.kernels.attention import DECODE_LSE_TOLERANCE, DECODE_OUT_TOLERANCE
 from dsa_bench.kernels.dsa import OPERATOR, DsaOutputs, DsaShape, check_selection
 from dsa_bench.kernels.dsa_inputs import DsaDecodeInputs
 from dsa_bench.kernels.paging import pack_index_pages, pack_mla_rows, unpack_mla_rows
-from dsa_bench.operator import Unsupported
+from dsa_bench.operator import Implementation, Unsupported
 from dsa_bench.preset import PRESETS, Preset
 from dsa_bench.record import Case
 from tests import hostile
+from tests.gluon_emulator import emulated_gluon
 
 INF = float("inf")
 SMALL = Preset(name="v3.2-cpu", num_heads=2, index_heads=4)
@@ -374,6 +375,59 @@ def test_the_composition_runs_the_implementations_that_are_named(phase):
     assert torch.equal(outputs.out, OPERATOR.reference(inputs).out)
 
 
+def topk_with_slots(inputs):
+    """The reference, with slots of its own, as the Gluon kernel has them."""
+    indices = topk.reference(inputs).topk_indices
+    batch_size = inputs.pages.block_table.shape[0]
+    batched = page_slots.PageSlotsInputs(
+        indices.view(batch_size, -1, inputs.topk), inputs.pages.block_table, inputs.pages.page_size
+    )
+    return topk.TopkOutputs(indices, page_slots.reference(batched).topk_slots.flatten(0, 1))
+
+
+def decode_stages(ran, **others):
+    """References that note that they run."""
+
+    def noted(name, run):
+        return lambda inputs: (ran.append(name), run(inputs))[1]
+
+    return {
+        name: replace(part, run=noted(name, others.get(name, part.run)))
+        for name, part in dsa.reference_stages("decode").items()
+    }
+
+
+def test_slots_that_top_k_gives_take_the_place_of_page_slots():
+    inputs, ran = make_inputs(decode_shape()), []
+    outputs = OPERATOR.compose("decode", decode_stages(ran, topk=topk_with_slots))(inputs)
+    assert ran == ["paged_indexer", "topk", "sparse_decode"]
+    for actual, expected in zip(outputs, OPERATOR.reference(inputs), strict=True):
+        assert torch.equal(actual, expected)
+    # they are what is attended to
+    wrong = decode_stages(
+        ran, topk=lambda x: topk_with_slots(x)._replace(topk_slots=torch.zeros(6, 8).int())
+    )
+    assert not torch.equal(OPERATOR.compose("decode", wrong)(inputs).out, outputs.out)
+
+
+def test_a_selection_that_is_given_goes_through_page_slots():
+    inputs, ran = make_inputs(decode_shape()), []
+    expected = OPERATOR.reference(inputs)
+    stages = decode_stages(ran, topk=topk_with_slots)
+    outputs = dsa.run_decode(inputs, stages, topk_indices=expected.topk_indices)
+    assert ran == ["page_slots", "sparse_decode"]
+    assert torch.equal(outputs.out, expected.out)
+
+
+def test_emulated_top_k_gives_decode_its_slots():
+    inputs, ran = make_inputs(decode_shape()), []
+    with emulated_gluon(seed=1) as emulated, hostile.poisoned_outputs():
+        run = emulated.load("dsa_bench.kernels.topk_gluon").run
+        outputs = OPERATOR.compose("decode", decode_stages(ran, topk=run))(inputs)
+    assert ran == ["paged_indexer", "topk", "sparse_decode"]
+    assert hostile.passes(OPERATOR.check(inputs, in_bf16(outputs)))
+
+
 def test_logits_of_both_phases_agree():
     inputs = make_inputs(prefill_shape(seq_len_kv=40, precision="bf16"))
     decode = last_token_decoded(inputs, torch.tensor([3, 0, 4, 1, 2]))
@@ -411,6 +465,35 @@ def on_gpu(
 )
 def test_dsa_on_the_gpu_at_16k(phase, seq_len_q, batch_size, precision):
     on_gpu(phase, precision, 16384, seq_len_q, batch_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("seq_len_q", "batch_size"), [(1, 1), (3, 5), (2, 150)])
+def test_decode_on_the_gpu_launches_no_page_slots(seq_len_q, batch_size):
+    case = Case(
+        op="dsa", impl="auto", phase="decode", seq_len_kv=16384, seq_len_q=seq_len_q, topk=2048,
+        precision="fp8", batch_size=batch_size,
+    )  # fmt: skip
+    here, preset = machine.detect("cuda"), PRESETS["v3.2"]
+    resolved = registry.resolve(
+        replace(case, impl=registry.choose("dsa", case, preset, here)), here
+    )
+    if resolved.reason:
+        pytest.skip(resolved.reason)
+    if resolved.parts["topk"].name != "gluon":
+        pytest.skip("the top-k of this machine gives no slots")
+
+    def refuse(inputs):
+        raise RuntimeError("page_slots")
+
+    inputs = OPERATOR.make_inputs(resolved.shape, seed=1, device="cuda")
+    stages = {**resolved.parts, "page_slots": Implementation(name="none", run=refuse)}
+    with hostile.poisoned_outputs():
+        outputs = OPERATOR.compose("decode", stages)(inputs)
+    rows = gate.sample_rows(batch_size, seed=3, device="cuda", limit=24)
+    hostile.assert_right("dsa", inputs, outputs, rows)
+    with pytest.raises(RuntimeError, match="page_slots"):
+        dsa.run_decode(inputs, stages, topk_indices=outputs.topk_indices)
 
 
 @pytest.mark.gpu

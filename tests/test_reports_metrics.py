@@ -129,6 +129,18 @@ def test_stage_shares_and_rates() -> None:
     assert table.loc["topk", "bytes_per_second"] == pytest.approx(2e12)
 
 
+def test_a_stage_that_launched_nothing_is_not_shown() -> None:
+    """Top-k wrote the slots: page_slots stays in the record, for its cost, and took no time."""
+    stages = tuple(
+        StageTime(name=name, impl="x", seconds=s, flops=0.0, bytes_read=1e3, bytes_written=1e3)
+        for name, s in (("topk", 3e-6), ("page_slots", 0.0), ("sparse_decode", 9e-6))
+    )
+    run = run_of(ok(DECODE, 2e-5, stages=stages))
+    table = metrics.stages([run], metrics.cases([run]))
+    assert list(table["stage"]) == ["topk", "sparse_decode"]
+    assert list(table["share"]) == pytest.approx([0.25, 0.75])
+
+
 def test_whole_prompts_are_a_line_of_their_own() -> None:
     shapes = [(4096, 4096), (8192, 4096), (1024, 1024), (2048, 2048)]
     records = [ok(replace(PREFILL, seq_len_kv=kv, seq_len_q=q, topk=512), 1.0) for kv, q in shapes]

@@ -55,7 +55,8 @@ def test_profile_tables_share_the_time_and_name_the_trace(tmp_path: Path) -> Non
     record = Record(
         case=CASE,
         status="ok",
-        stages=(stage("indexer", 3e-3), stage("topk", 1e-3)),
+        # a stage without time launched nothing
+        stages=(stage("indexer", 3e-3), stage("topk", 1e-3), stage("page_slots", 0.0)),
         kernels=(
             KernelTime(name="a", stage="indexer", calls=1, seconds=1e-3),
             KernelTime(name="b", stage="topk", calls=2, seconds=1e-3),

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from dsa_bench.kernels import topk_torch
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.topk import OPERATOR, TopkInputs, TopkOutputs, refuse_options
 from dsa_bench.operator import Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
 from tests import hostile
-from tests.topk_rows import KINDS, by_python, full, values_of
+from tests.topk_rows import KINDS, by_python, full, slots_of, values_of
 
 INF, NAN = float("inf"), float("nan")
 
@@ -116,6 +117,68 @@ def test_reference_of_some_rows():
         OPERATOR.reference(inputs, rows=rows).topk_indices,
         OPERATOR.reference(inputs).topk_indices[rows],
     )
+
+
+def paged(num_rows=6):
+    return hostile.topk_paged(OPERATOR.make_inputs(full(num_rows, 120, 33), seed=4, device="cpu"))
+
+
+def with_slots(inputs):
+    """What a top-k with slots returns."""
+    indices = OPERATOR.reference(inputs).topk_indices
+    return TopkOutputs(indices, torch.tensor(slots_of(indices.tolist(), inputs.pages)).int())
+
+
+def test_slots_are_left_to_page_slots_or_checked():
+    inputs = paged()
+    assert inputs.pages.seq_len_q(6) == 3
+    assert OPERATOR.reference(inputs).topk_slots is None
+    assert topk_torch.run(inputs).topk_slots is None
+    outputs = with_slots(inputs)
+    listed = outputs.topk_indices >= 0
+    # of the columns a few lie behind the last page
+    assert 0 < (listed & (outputs.topk_slots < 0)).sum() < listed.sum() / 4
+    for rows in (None, torch.tensor([4, 1, 2])):
+        names = [check.name for check in OPERATOR.check(inputs, outputs, rows=rows)]
+        assert names == ["topk_indices", "topk_slots"]
+        assert hostile.passes(OPERATOR.check(inputs, outputs, rows=rows))
+    (only,) = OPERATOR.check(replace(inputs, pages=None), outputs)
+    assert only.name == "topk_indices"
+
+
+def test_each_row_is_of_its_own_sequence():
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    inputs = replace(rows_of(*[[2.0, 1.0, 9.0, 7.0]] * 4, topk=2), pages=Pages(table, 2))
+    slots = torch.tensor([[2, 3], [2, 3], [4, 5], [4, 5]], dtype=torch.int32)
+    outputs = TopkOutputs(torch.tensor([[2, 3]] * 4).int(), slots)
+    assert hostile.passes(OPERATOR.check(inputs, outputs))
+    for wrong in (slots.flip(0), slots[[0, 2, 0, 2]], slots[:3], slots[:, :1]):
+        assert not hostile.passes(OPERATOR.check(inputs, outputs._replace(topk_slots=wrong)))
+    rows = torch.tensor([0, 3])
+    half = torch.where(torch.tensor([[True], [False], [False], [True]]), slots, 77)
+    assert hostile.passes(OPERATOR.check(inputs, outputs._replace(topk_slots=half), rows=rows))
+
+
+WRONG_SLOTS = {
+    "zeros": lambda inputs, right: torch.zeros_like(right.topk_slots),
+    "positions": lambda inputs, right: right.topk_indices,
+    "another-order": lambda inputs, right: right.topk_slots.flip(1),
+    "sequences-swapped": lambda inputs, right: right.topk_slots.roll(3, 0),
+    "padding-unmarked": lambda inputs, right: right.topk_slots.clamp(min=0),
+    "one-off": lambda inputs, right: right.topk_slots + (torch.arange(33) == 0),
+    "of-another-page-size": lambda inputs, right: torch.where(
+        right.topk_slots < 0, -1, right.topk_slots // 17 * 16 + right.topk_indices % 17
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SLOTS)
+def test_check_fails_for_wrong_slots(name):
+    inputs = paged()
+    right = with_slots(inputs)
+    wrong = right._replace(topk_slots=WRONG_SLOTS[name](inputs, right).int())
+    passed = {check.name: check.passed for check in OPERATOR.check(inputs, wrong)}
+    assert passed == {"topk_indices": True, "topk_slots": False}
 
 
 def _set(column, value):

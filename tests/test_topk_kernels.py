@@ -1,18 +1,21 @@
 """Top-k: every implementation, emulated and on a GPU."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from dsa_bench.kernels import candidate_list, row_topk, topk_gluon
+from dsa_bench.kernels import candidate_list, page_slots, row_topk, topk_gluon
+from dsa_bench.kernels.hostile_rows import wild_pages
+from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.topk import OPERATOR, TopkInputs, TopkOutputs
 from dsa_bench.operator import Machine
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
 from tests import hostile
 from tests.gluon_emulator import emulated_gluon
-from tests.topk_rows import KINDS, assert_stable, full
+from tests.topk_rows import KINDS, assert_stable, full, slots_of
 
 INF, NAN = float("inf"), float("nan")
 A100 = Machine(device="cuda", name="A100", capability=(8, 0), num_sms=108)
@@ -39,6 +42,73 @@ def test_gluon_refuses(name, change, kind, sentence):
         topk_gluon.run(replace(inputs, **{name: change(getattr(inputs, name))}))
 
 
+def pages_for(num_rows, page_size=16):
+    return Pages(torch.arange(num_rows * 3, dtype=torch.int32).view(num_rows, 3), page_size)
+
+
+WRONG_PAGES = [
+    ({"pages": pages_for(3)}, ValueError, "give both pages and slots, or neither"),
+    ({"slots": torch.empty(6, 4).int()}, ValueError, "give both pages and slots, or neither"),
+    (
+        {"pages": Pages(torch.zeros(3, 2), 16), "slots": torch.empty(6, 4).int()},
+        TypeError, "block_table must be int32 .batch_size, max_pages.",
+    ),
+    (
+        {"pages": Pages(torch.zeros(3).int(), 16), "slots": torch.empty(6, 4).int()},
+        ValueError, "block_table must be int32 .batch_size, max_pages., got",
+    ),
+    (
+        {"pages": pages_for(4), "slots": torch.empty(6, 4).int()},
+        ValueError, "num_rows must be a multiple of the 4 sequences of block_table, got 6",
+    ),
+    (
+        {"pages": pages_for(0), "slots": torch.empty(6, 4).int()},
+        ValueError, "num_rows must be a multiple of the 0 sequences of block_table, got 6",
+    ),
+    (
+        {"pages": pages_for(3, page_size=0), "slots": torch.empty(6, 4).int()},
+        ValueError, "page_size must be 1 or more, got 0",
+    ),
+    (
+        {"pages": pages_for(3), "slots": torch.empty(6, 4)},
+        TypeError, "slots must be int32 .num_rows=6, topk=4., got float32",
+    ),
+    (
+        {"pages": pages_for(3), "slots": torch.empty(5, 4).int()},
+        ValueError, "slots must be int32 .num_rows=6, topk=4., got int32 .5, 4",
+    ),
+    (
+        {"pages": pages_for(3), "slots": torch.empty(6, 9).int()[:, :4]},
+        ValueError, "slots must be contiguous, got strides .9, 1",
+    ),
+    (
+        {"pages": pages_for(3), "slots": torch.empty(6, 4, device="meta").int()},
+        ValueError, "all tensors must be on one device, got .* slots on meta",
+    ),
+    (
+        {"pages": Pages(pages_for(3).block_table.to("meta"), 16), "slots": torch.empty(6, 4).int()},
+        ValueError, "all tensors must be on one device, got slots on cpu, block_table on meta",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"), WRONG_PAGES, ids=hostile.slugs(WRONG_PAGES)
+)
+def test_pages_that_do_not_fit_are_refused(options, kind, sentence):
+    inputs = OPERATOR.make_inputs(full(6, 40, 4), seed=0, device="cpu")
+    with pytest.raises(kind, match=sentence):
+        row_topk.topk(inputs.index_logits, inputs.kv_start, inputs.kv_end, 4, **options)
+
+
+def test_no_rows_have_no_slots():
+    inputs = OPERATOR.make_inputs(full(1, 40, 4), seed=0, device="cpu")
+    tensors = inputs.index_logits[:0], inputs.kv_start[:0], inputs.kv_end[:0]
+    for batch_size in (0, 3):
+        outputs = topk_gluon.run(TopkInputs(*tensors, 4, pages=pages_for(batch_size)))
+        assert outputs.topk_indices.shape == outputs.topk_slots.shape == (0, 4)
+
+
 def test_gluon_supports_says_why_not():
     assert topk_gluon.supports(full(1, 4096, 2048), A100) is None
     assert "sm_80 or newer, this is a CPU" in topk_gluon.supports(full(1, 4096, 2048), CPU)
@@ -49,17 +119,10 @@ def test_gluon_supports_says_why_not():
 def emulate(inputs, seed, **options):
     """By the kernels' own choice, or with some fields of it changed."""
     with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
-        if not options:
-            return emulated.load("dsa_bench.kernels.topk_gluon").run(inputs)
         kernels = emulated.load("dsa_bench.kernels.row_topk")
-        rows, cols = inputs.index_logits.shape
-        config = replace(kernels.choose_config(rows, cols, inputs.topk, 132), **options)
-        return TopkOutputs(
-            kernels.topk(
-                inputs.index_logits, inputs.kv_start, inputs.kv_end, inputs.topk,
-                sorted_indices=inputs.sorted_indices, config=config,
-            )
-        )  # fmt: skip
+        choose = kernels.choose_config
+        with patch.object(kernels, "choose_config", lambda *x: replace(choose(*x), **options)):
+            return emulated.load("dsa_bench.kernels.topk_gluon").run(inputs)
 
 
 WAYS = {
@@ -79,6 +142,34 @@ def test_gluon_emulated(kind, way):
     inputs = mutate(OPERATOR.make_inputs(full(6, cols, topk), seed=seed, device="cpu"))
     inputs = replace(inputs, sorted_indices=inputs.sorted_indices or "sorted" in way)
     assert_stable(inputs, emulate(inputs, seed, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("kind", "page_size"), [("ties", 1), ("special", 17), ("constant", 64), ("plateau", 10**6)]
+)
+def test_gluon_emulated_writes_slots(kind, page_size, way):
+    """Of rows by the list, digit by digit, and shorter than topk; three queries a sequence."""
+    inputs = hostile.topk_rows(kind)(OPERATOR.make_inputs(full(6, 9000, 512), seed=2, device="cpu"))
+    pages = wild_pages(inputs.kv_end, 9000, page_size=page_size)
+    assert pages.seq_len_q(6) == 3
+    inputs = replace(inputs, pages=pages, sorted_indices="sorted" in way)
+    outputs = emulate(inputs, page_size, **WAYS[way])
+    assert_stable(inputs, outputs)
+    is_empty = (outputs.topk_indices < 0).all(1)
+    assert is_empty.any() and (outputs.topk_slots[is_empty] == -1).all()
+    without = emulate(replace(inputs, pages=None), page_size, **WAYS[way]).topk_indices
+    assert torch.equal(without.sort(1).values, outputs.topk_indices.sort(1).values)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_gluon_emulated_slots_of_one_query_a_sequence(num_rows):
+    """Each row by its own row of the table; positions behind its last page have none."""
+    inputs = OPERATOR.make_inputs(full(num_rows, 700, 300), seed=1, device="cpu")
+    inputs = replace(inputs, pages=pages_for(num_rows, page_size=64))
+    outputs = emulate(inputs, 3)
+    assert_stable(inputs, outputs)
+    assert 0 < (outputs.topk_slots == -1).sum(1).min() < 300
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -213,13 +304,16 @@ def test_lists_of_another_kernel(num_parts, has_logits):
     inputs.index_logits[2, 100:] -= 9
     failed = torch.full((3,), 77, dtype=torch.int32)
     lists = lists_of(inputs, num_parts, 1000, 1.25)
+    pages, slots = wild_pages(inputs.kv_end, 6000), torch.full((3, 500), 77, dtype=torch.int32)
     with emulated_gluon(seed=9) as emulated, hostile.poisoned_outputs():
         select = emulated.load("dsa_bench.kernels.candidate_list").select_candidates
         out = select(
             lists, inputs.kv_start, inputs.kv_end, 500, 6000,
             logits=inputs.index_logits if has_logits else None, failed=failed,
+            pages=pages, slots=slots,
         )  # fmt: skip
     expected = replace(inputs, sorted_indices=False)
+    assert slots.tolist() == slots_of(out.tolist(), pages)
     if has_logits:
         assert_stable(expected, TopkOutputs(out))
         assert failed.tolist() == [77] * 3
@@ -293,6 +387,32 @@ def test_gluon_takes_the_lowest_columns(shape, kind):
     assert torch.equal(actual, expected)
     unsorted = implementation.run(replace(inputs, sorted_indices=False)).topk_indices
     assert torch.equal(unsorted.sort(1).values, expected.sort(1).values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize("page_size", [1, 17, 64, 2**20])
+@pytest.mark.parametrize("kind", ["ties", "constant", "special"])
+@pytest.mark.parametrize(
+    "shape", [full(1, 131072, 2048), full(9, 20000, 512), full(300, 40000, 2048)], ids=hostile.label
+)
+def test_gluon_writes_the_slots_of_its_columns(shape, kind, page_size, is_sorted):
+    """With one page a sequence too, and one sequence of one query."""
+    implementation = hostile.runnable("topk", "gluon", shape)
+    inputs = hostile.topk_rows(kind)(OPERATOR.make_inputs(shape, seed=1, device="cuda"))
+    pages = wild_pages(inputs.kv_end, shape.num_cols, page_size=page_size)
+    inputs = replace(inputs, pages=pages, sorted_indices=is_sorted)
+    with hostile.poisoned_outputs():
+        indices, slots = implementation.run(inputs)
+    hostile.assert_right("topk", inputs, TopkOutputs(indices, slots))
+    batched = indices.view(pages.block_table.shape[0], -1, shape.topk)
+    expected = page_slots.reference(
+        page_slots.PageSlotsInputs(batched, pages.block_table, page_size)
+    ).topk_slots
+    assert torch.equal(slots, expected.view_as(slots))
+    without = implementation.run(replace(inputs, pages=None))
+    assert without.topk_slots is None
+    assert torch.equal(without.topk_indices.sort(1).values, indices.sort(1).values)
 
 
 @pytest.mark.gpu

@@ -38,9 +38,28 @@ def stable_set(inputs):
     return torch.tensor(in_order, dtype=torch.int32)
 
 
+def slots_of(columns, pages):
+    """The rows of the cache that the columns lie in, by Python."""
+    table, size = pages.block_table.tolist(), pages.page_size
+    limit = pages.block_table.shape[1] * size
+    return [
+        [
+            table[i * len(table) // len(columns)][t // size] * size + t % size
+            if 0 <= t < limit else -1
+            for t in row
+        ]
+        for i, row in enumerate(columns)
+    ]  # fmt: skip
+
+
 def assert_stable(inputs, outputs):
-    """Right, and of equal values the lowest columns; in ascending order if that was asked for."""
+    """Right, and of equal values the lowest columns; in ascending order if that was asked for. With
+    slots where there are pages, and only there."""
     hostile.assert_right("topk", inputs, outputs)
+    assert (outputs.topk_slots is None) == (inputs.pages is None)
+    if inputs.pages is not None:
+        columns = outputs.topk_indices.tolist()
+        assert outputs.topk_slots.tolist() == slots_of(columns, inputs.pages)
     actual = outputs.topk_indices.cpu()
     if not inputs.sorted_indices:
         behind = torch.where(actual < 0, 2**31 - 1, actual).sort(1).values
