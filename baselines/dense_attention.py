@@ -16,9 +16,12 @@ Decode is the MQA form, one latent key a token for all heads; contiguous caches,
     kv   [batch_size, seq_len_kv, 576]            bf16   values are its first 512 columns
     out  [batch_size, seq_len_q, num_heads, 512]  bf16
     lse  [batch_size, seq_len_q, num_heads]       fp32   natural logarithm
+or, with `pages`, of different lengths, each sequence from a whole page on, behind the one before:
+    kv   [num_pages, 64, 576]                     bf16
 
 Conventions: the causal mask is aligned to the end of the keys, so query i is the position
-seq_len_kv - seq_len_q + i. seq_len_q <= seq_len_kv, hence no row is empty. Keys are finite. The
+seq_len_kv - seq_len_q + i, in decode by the length of each sequence. seq_len_q <= seq_len_kv, hence
+no row is empty. Keys are finite, those behind the end of a sequence in its last page too. The
 projections between the two forms (absorbing W_UK and W_UV) are no part of the operator.
 
 Source: DeepSeek-V3.2 report, appendix A (MHA for prefill, MQA for decode). `sm_scale` is always
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import Check, compare_tensors
+from dsa_bench.baselines.key_pages import PAGE_SIZE, KeyPages, keys_of, lay_out_pages
 from dsa_bench.kernels.attention import (
     DECODE_LSE_TOLERANCE,
     DECODE_OUT_TOLERANCE,
@@ -42,10 +46,16 @@ from dsa_bench.kernels.attention import (
     OUT_TOLERANCE,
     budget_checks,
 )
+from dsa_bench.kernels.decode_lengths import (
+    decode_lengths,
+    expect_lengths,
+    longest_sequence,
+    pages_of,
+)
 from dsa_bench.kernels.sparse_prefill import make_attention_tensor, make_offset
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import EQUAL_LENGTHS, Case
 
 REFERENCE_CHUNK_ELEMENTS = 2**26
 INPUT_CHUNK_ELEMENTS = 2**28
@@ -71,6 +81,8 @@ class DenseAttentionShape:
     head_dim_qk: int
     head_dim_v: int
     sm_scale: float = Preset(name="").sm_scale
+    lengths: str = EQUAL_LENGTHS
+    """A kind of `decode_lengths.py`; seq_len_kv is the longest."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seq_len_q <= self.seq_len_kv:
@@ -82,29 +94,53 @@ class DenseAttentionShape:
             raise Unsupported(
                 f"prefill takes one prompt at a time, batch_size must be 1, got {self.batch_size}"
             )
+        expect_lengths(self)
 
     @property
     def is_prefill(self) -> bool:
         return self.phase == "prefill"
 
     @property
+    def is_ragged(self) -> bool:
+        return self.lengths != EQUAL_LENGTHS
+
+    @property
     def queries(self) -> int:
         return self.batch_size * self.seq_len_q
 
     @property
+    def seq_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return decode_lengths(self)
+
+    @property
     def pairs(self) -> int:
         """Visible (query, key) pairs of all sequences, for one head."""
-        before = self.seq_len_kv - self.seq_len_q
-        return self.queries * before + self.batch_size * (
-            self.seq_len_q * (self.seq_len_q + 1) // 2
-        )
+        m = self.seq_len_q
+        return sum(m * (n - m) + m * (m + 1) // 2 for n in self.seq_lens)
 
     @property
     def kv_elements(self) -> int:
-        """Elements of k and v, or of kv."""
+        """Elements of k and v, or of the keys in kv."""
         if self.is_prefill:
             return self.seq_len_kv * self.num_heads * (self.head_dim_qk + self.head_dim_v)
-        return self.batch_size * self.seq_len_kv * self.head_dim_qk
+        return sum(self.seq_lens) * self.head_dim_qk
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each sequence; none where all are of one length."""
+        return pages_of(self.seq_lens, PAGE_SIZE) if self.is_ragged else ()
+
+    @property
+    def room_elements(self) -> int:
+        """Elements of kv behind the ends of the sequences."""
+        rows = sum(self.pages) * PAGE_SIZE - sum(self.seq_lens) if self.pages else 0
+        return rows * self.head_dim_qk
+
+    @property
+    def table_bytes(self) -> int:
+        """Lengths and block table."""
+        return 4 * self.batch_size * (1 + max(self.pages)) if self.pages else 0
 
     @property
     def exceeds_int32(self) -> bool:
@@ -126,6 +162,8 @@ class DenseDecodeInputs:
     kv: Tensor
     sm_scale: float
     head_dim_v: int = 512
+    pages: KeyPages | None = None
+    """None: all sequences are of one length."""
 
 
 DenseInputs = DensePrefillInputs | DenseDecodeInputs
@@ -151,8 +189,19 @@ def make_inputs(
             shape.sm_scale,
         )
     q = make_tensor(shape.batch_size, shape.seq_len_q, heads, width, generator=g)
-    kv = make_tensor(shape.batch_size, shape.seq_len_kv, width, generator=g)
-    return DenseDecodeInputs(q, kv, shape.sm_scale, shape.head_dim_v)
+    kv = make_tensor(*kv_rows(shape), width, generator=g)
+    return DenseDecodeInputs(q, kv, shape.sm_scale, shape.head_dim_v, make_pages(shape, device))
+
+
+def kv_rows(shape: DenseAttentionShape) -> tuple[int, int]:
+    """Dimensions of kv in decode, without its columns."""
+    if shape.pages:
+        return sum(shape.pages), PAGE_SIZE
+    return shape.batch_size, shape.seq_len_kv
+
+
+def make_pages(shape: DenseAttentionShape, device: torch.device | str) -> KeyPages | None:
+    return lay_out_pages(shape.seq_lens, device) if shape.is_ragged else None
 
 
 def make_tensor(rows: int, *dims: int, generator: torch.Generator) -> Tensor:
@@ -189,14 +238,13 @@ def attend_rows(
         )
         return DenseOutputs(part.out, part.lse)
     seq_len_q, num_heads = inputs.q.shape[1:3]
-    first = inputs.kv.shape[1] - seq_len_q + 1
-    num_visible = torch.arange(first, first + seq_len_q, device=rows.device)
-    num_visible = num_visible.repeat_interleave(num_heads)
+    earlier = torch.arange(1 - seq_len_q, 1, device=rows.device).repeat_interleave(num_heads)
     parts = []
     for b in rows.tolist():
         # heads share the key, so they are rows of one head
-        q, kv = inputs.q[b].flatten(0, 1).unsqueeze(1), inputs.kv[b].unsqueeze(1)
-        v = kv[..., : inputs.head_dim_v]
+        q = inputs.q[b].flatten(0, 1).unsqueeze(1)
+        kv = keys_of(inputs.kv, inputs.pages, b).unsqueeze(1)
+        v, num_visible = kv[..., : inputs.head_dim_v], kv.shape[0] + earlier
         parts.append(_attend(q, kv, v, num_visible, inputs.sm_scale, dtype, attend_chunk))
     out = torch.stack([part.out.view(seq_len_q, num_heads, -1) for part in parts])
     lse = torch.stack([part.lse.view(seq_len_q, num_heads) for part in parts])
@@ -307,7 +355,8 @@ def memory(shape: DenseAttentionShape) -> Memory:
     heads = shape.queries * shape.num_heads
     widened = 2 * (shape.seq_len_q + shape.seq_len_kv) * shape.num_heads * shape.head_dim_qk
     return Memory(
-        input_bytes=2 * (heads * shape.head_dim_qk + shape.kv_elements),
+        input_bytes=2 * (heads * shape.head_dim_qk + shape.kv_elements + shape.room_elements)
+        + shape.table_bytes,
         output_bytes=heads * (2 * shape.head_dim_v + 4),
         workspace_bytes=widened if shape.is_prefill else DECODE_WORKSPACE_BYTES,
     )
@@ -329,6 +378,7 @@ def shape_of(case: Case, preset: Preset) -> DenseAttentionShape:
         head_dim_qk=preset.head_dim_qk_mha if is_prefill else preset.head_dim_qk,
         head_dim_v=preset.head_dim_v_mha if is_prefill else preset.head_dim_v,
         sm_scale=preset.sm_scale,
+        lengths=case.lengths,
     )
 
 
@@ -336,7 +386,7 @@ OPERATOR = Operator(
     name="dense_attention",
     summary="attention to every earlier key: MHA form in prefill, MQA form in decode",
     phases=("prefill", "decode"),
-    axes=frozenset({"batch_size", "num_heads"}),
+    axes=frozenset({"batch_size", "lengths", "num_heads"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -344,5 +394,6 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.seq_len_q if shape.is_prefill else shape.batch_size,
+    always_checked=longest_sequence,
     finite=("out",),
 )

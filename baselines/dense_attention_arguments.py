@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dsa_bench.baselines.dense_attention import DenseAttentionShape
+from dsa_bench.baselines.key_pages import PAGE_SIZE, KeyPages
 from dsa_bench.expect import expect_same_device, expect_tensor
 
 NOPE, ROPE = 128, 64
@@ -32,9 +33,9 @@ def check_prefill(q: Tensor, k: Tensor, v: Tensor) -> None:
     _expect_causal(q.shape[0], keys)
 
 
-def check_decode(q: Tensor, kv: Tensor) -> None:
+def check_decode(q: Tensor, kv: Tensor, pages: KeyPages | None = None) -> None:
     """Refuse what is not q [batch_size, seq_len_q, num_heads, 576], kv [batch_size, seq_len_kv,
-    576], bf16 and contiguous."""
+    576] or with pages [num_pages, 64, 576], bf16 and contiguous."""
     expect_tensor(
         "q",
         q,
@@ -44,12 +45,22 @@ def check_decode(q: Tensor, kv: Tensor) -> None:
         num_heads=None,
         head_dim_qk=HEAD_DIM_QK,
     )
-    expect_tensor(
-        "kv", kv, torch.bfloat16, batch_size=q.shape[0], seq_len_kv=None, head_dim_qk=HEAD_DIM_QK
-    )
+    dims = {"batch_size": q.shape[0], "seq_len_kv": None}
+    if pages is not None:
+        dims = {"num_pages": None, "page_size": PAGE_SIZE}
+    expect_tensor("kv", kv, torch.bfloat16, **dims, head_dim_qk=HEAD_DIM_QK)
     expect_same_device(q=q, kv=kv)
     _expect_contiguous(q=q, kv=kv)
-    _expect_causal(q.shape[1], kv.shape[1])
+    if pages is None:
+        _expect_causal(q.shape[1], kv.shape[1])
+        return
+    expect_tensor("seq_lens", pages.seq_lens, torch.int32, batch_size=q.shape[0])
+    expect_tensor(
+        "block_table", pages.block_table, torch.int32, batch_size=q.shape[0], max_pages=None
+    )
+    expect_same_device(q=q, seq_lens=pages.seq_lens, block_table=pages.block_table)
+    _expect_contiguous(seq_lens=pages.seq_lens, block_table=pages.block_table)
+    _expect_causal(q.shape[1], min(pages.lengths, default=q.shape[1]))
 
 
 def _expect_contiguous(**tensors: Tensor) -> None:

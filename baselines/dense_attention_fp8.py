@@ -19,6 +19,8 @@ Decode, the MQA form of a batch, has one scale a tensor:
     kv   [batch_size, seq_len_kv, 576]            e4m3     kv_scale  [1]  fp32
     out  [batch_size, seq_len_q, num_heads, 512]  bf16     values are kv's first 512 columns
     lse  [batch_size, seq_len_q, num_heads]       fp32     natural logarithm
+or, with `pages`, as in `dense_attention`:
+    kv   [num_pages, 64, 576]                     e4m3
 
 Conventions: those of `dense_attention`. The reference starts from the rounded inputs, so what was
 lost when they were rounded is not held against a kernel, and no verdict speaks of it. A kernel
@@ -46,8 +48,11 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
     attend_rows,
+    kv_rows,
+    make_pages,
     make_tensor,
 )
+from dsa_bench.baselines.key_pages import KeyPages
 from dsa_bench.kernels import fp8_attention
 from dsa_bench.kernels.fp8 import E4M3_MAX
 from dsa_bench.kernels.fp8_attention import sampled
@@ -86,6 +91,7 @@ class Fp8DecodeInputs:
     kv_scale: Tensor
     sm_scale: float
     head_dim_v: int = 512
+    pages: KeyPages | None = None
 
 
 Fp8Inputs = Fp8PrefillInputs | Fp8DecodeInputs
@@ -125,10 +131,9 @@ def make_inputs(shape: DenseAttentionShape, *, seed: int, device: torch.device |
     q, q_scale = quantize(
         make_tensor(shape.batch_size, shape.seq_len_q, heads, width, generator=g), per_head=False
     )
-    kv, kv_scale = quantize(
-        make_tensor(shape.batch_size, shape.seq_len_kv, width, generator=g), per_head=False
-    )
-    return Fp8DecodeInputs(q, kv, q_scale, kv_scale, shape.sm_scale, shape.head_dim_v)
+    kv, kv_scale = quantize(make_tensor(*kv_rows(shape), width, generator=g), per_head=False)
+    pages = make_pages(shape, device)
+    return Fp8DecodeInputs(q, kv, q_scale, kv_scale, shape.sm_scale, shape.head_dim_v, pages)
 
 
 def _unscaled(inputs: Fp8Inputs) -> tuple[DenseInputs, Tensor]:
@@ -142,7 +147,8 @@ def _unscaled(inputs: Fp8Inputs) -> tuple[DenseInputs, Tensor]:
         factor = inputs.v_scale.unsqueeze(-1)
         return DensePrefillInputs(q, inputs.k, inputs.v, inputs.sm_scale), factor
     q *= inputs.q_scale * inputs.kv_scale
-    return DenseDecodeInputs(q, inputs.kv, inputs.sm_scale, inputs.head_dim_v), inputs.kv_scale
+    unscaled = DenseDecodeInputs(q, inputs.kv, inputs.sm_scale, inputs.head_dim_v, inputs.pages)
+    return unscaled, inputs.kv_scale
 
 
 def reference(inputs: Fp8Inputs, *, rows: Tensor | None = None) -> DenseOutputs:
@@ -211,20 +217,24 @@ def num_pieces(seq_len_kv: int) -> int:
 
 def memory(shape: DenseAttentionShape) -> Memory:
     """Inputs and outputs exactly; the fp32 results of the pieces, if there are several, and in
-    decode of the parts of a split, where pieces have queries and bf16 results of their own too."""
+    decode of the parts of a split, where pieces have queries and bf16 results of their own too; of
+    different lengths these also stand in a table with room for the longest."""
     needed = cost(shape)
     heads = shape.seq_len_q * shape.num_heads
-    pieces = shape.batch_size * num_pieces(shape.seq_len_kv)
+    pieces = sum(num_pieces(n) for n in shape.seq_lens)
     is_cut = pieces > shape.batch_size
+    room = 0
     if shape.is_prefill:
         parts, row_bytes = pieces if is_cut else 0, 0
     else:
         parts = pieces + PARTIAL_RESULTS
         row_bytes = 2 * shape.head_dim_v + shape.head_dim_qk if is_cut else 0
+        if is_cut and shape.is_ragged:
+            room = 2 * shape.head_dim_v * shape.batch_size * num_pieces(shape.seq_len_kv)
     return Memory(
-        input_bytes=int(needed.bytes_read),
+        input_bytes=int(needed.bytes_read) + shape.room_elements + shape.table_bytes,
         output_bytes=int(needed.bytes_written),
-        workspace_bytes=heads * (4 * parts * (shape.head_dim_v + 1) + pieces * row_bytes),
+        workspace_bytes=heads * (4 * parts * (shape.head_dim_v + 1) + pieces * row_bytes + room),
     )
 
 
@@ -241,7 +251,7 @@ OPERATOR = Operator(
     name="dense_attention_fp8",
     summary="dense attention over fp8 queries, keys and values, with fp8 weights",
     phases=("prefill", "decode"),
-    axes=frozenset({"batch_size", "num_heads", "precision"}),
+    axes=frozenset({"batch_size", "lengths", "num_heads", "precision"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -249,6 +259,7 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=dense_attention.OPERATOR.num_rows,
+    always_checked=dense_attention.OPERATOR.always_checked,
     finite=("out",),
     precisions=("fp8",),
 )

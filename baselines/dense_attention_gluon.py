@@ -9,12 +9,19 @@ from dsa_bench.baselines.dense_attention import (
 from dsa_bench.baselines.dense_attention_arguments import obstacle_of_widths
 from dsa_bench.baselines.dense_decode_gluon import decode
 from dsa_bench.baselines.dense_prefill_gluon import prefill
-from dsa_bench.operator import Implementation, Machine
+from dsa_bench.operator import Implementation, Machine, Unsupported
+
+ONE_LENGTH = (
+    "gluon dense_attention decodes sequences of one length: its programs all walk equally many keys"
+    " (use triton, or --lengths equal)"
+)
 
 
 def run(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
+    if inputs.pages is not None:
+        raise Unsupported(ONE_LENGTH)
     return decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale)
 
 
@@ -23,6 +30,8 @@ def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
         return (
             f"gluon dense_attention needs a Hopper GPU (sm_90), this is {machine.name} (use triton)"
         )
+    if shape.is_ragged:
+        return ONE_LENGTH
     return obstacle_of_widths("gluon", shape)
 
 

@@ -10,7 +10,8 @@ Decode: one program owns 64 (query, head) rows of a sequence and one part of its
 keys is loaded once for both products; the accumulator lies in two halves of 256 columns (one of 512
 spills). Partial results in fp32 are joined by `combine_splits`. Bound: memory below 64 rows, else
 the tensor cores, of which a third is lost: both warpgroups compute the whole tile of scores, for
-Triton gives the first of two chained products no other layout.
+Triton gives the first of two chained products no other layout. Each sequence is cut in equally many
+parts, so a batch of different lengths waits for its longest.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from dsa_bench.baselines.dense_attention_arguments import (
     obstacle_of_widths,
 )
 from dsa_bench.baselines.dense_decode_splits import allocate, choose_num_splits, combine
+from dsa_bench.baselines.key_pages import KeyPages
 from dsa_bench.kernels.combine_splits import MAX_SPLITS
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.operator import Implementation, Machine
@@ -139,20 +141,25 @@ def _dense_prefill_kernel(
 @triton.jit
 def _dense_decode_kernel(
     q_half_desc, q_rope_desc, kv_half_desc, kv_rope_desc, out_ptr, lse_ptr,
-    seq_len_q, seq_len_kv, num_heads, num_splits, qk_scale_log2,
+    seq_lens_ptr, table_ptr, seq_len_q, seq_len_kv, max_pages, num_heads, num_splits, qk_scale_log2,
     BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, IS_PARTIAL: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    IS_RAGGED: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H of the seq_len_q · num_heads rows of one sequence, one part of its keys.
 
-    Descriptors see [batch_size, rows or keys, width]. If IS_PARTIAL it writes fp32 and the lse in
-    log2 units, [num_splits, batch_size, rows, …]; a part without a visible key writes 0 and -inf.
+    Descriptors see [batch_size, rows or keys, width]; if IS_RAGGED those of keys see the pages of
+    all sequences, of BLOCK_KV keys, as one. If IS_PARTIAL it writes fp32 and the lse in log2 units,
+    [num_splits, batch_size, rows, …]; a part without a visible key writes 0 and -inf.
     """
     HALF: tl.constexpr = kv_half_desc.block_shape[2]
     ROPE: tl.constexpr = kv_rope_desc.block_shape[2]
     num_rows = seq_len_q * num_heads
     row_begin = tl.program_id(0) * BLOCK_H
     batch, split = tl.program_id(1), tl.program_id(2)
+    kv_batch, kv_first = batch, 0
+    if IS_RAGGED:
+        seq_len_kv = tl.load(seq_lens_ptr + batch)
+        kv_batch, kv_first = 0, tl.load(table_ptr + batch * max_pages) * BLOCK_KV
     offs_row = row_begin + tl.arange(0, BLOCK_H)
     last_visible = seq_len_kv - seq_len_q + offs_row // num_heads
     last_row = tl.minimum(row_begin + BLOCK_H, num_rows) - 1
@@ -169,9 +176,10 @@ def _dense_decode_kernel(
     acc_right = tl.zeros([BLOCK_H, HALF], tl.float32)
     for i in tl.range(first_block, end_block, num_stages=NUM_STAGES):
         kv_begin = i * BLOCK_KV
-        kv_left = kv_half_desc.load([batch, kv_begin, 0]).reshape(BLOCK_KV, HALF)
-        kv_right = kv_half_desc.load([batch, kv_begin, HALF]).reshape(BLOCK_KV, HALF)
-        kv_rope = kv_rope_desc.load([batch, kv_begin, 2 * HALF]).reshape(BLOCK_KV, ROPE)
+        kv_row = kv_first + kv_begin
+        kv_left = kv_half_desc.load([kv_batch, kv_row, 0]).reshape(BLOCK_KV, HALF)
+        kv_right = kv_half_desc.load([kv_batch, kv_row, HALF]).reshape(BLOCK_KV, HALF)
+        kv_rope = kv_rope_desc.load([kv_batch, kv_row, 2 * HALF]).reshape(BLOCK_KV, ROPE)
         scores = tl.dot(q_left, kv_left.T)
         scores = tl.dot(q_right, kv_right.T, scores)
         scores = tl.dot(q_rope, kv_rope.T, scores)
@@ -263,33 +271,44 @@ def prefill(
 
 
 def decode(
-    q: Tensor, kv: Tensor, *, sm_scale: float, config: DecodeConfig | None = None
+    q: Tensor,
+    kv: Tensor,
+    *,
+    sm_scale: float,
+    pages: KeyPages | None = None,
+    config: DecodeConfig | None = None,
 ) -> DenseOutputs:
     """MQA form, causal to the end of the keys.
 
     Args:
         q: [batch_size, seq_len_q, num_heads, 576] bf16, contiguous, as is the other.
-        kv: [batch_size, seq_len_kv, 576] bf16.
+        kv: [batch_size, seq_len_kv, 576] bf16; with pages [num_pages, 64, 576].
+        pages: where the keys of sequences of different lengths are.
     """
-    check_decode(q, kv)
+    check_decode(q, kv, pages)
     batch_size, seq_len_q, num_heads, _ = q.shape
     num_rows = seq_len_q * num_heads
+    seq_len_kv = kv.shape[1] if pages is None else max(pages.lengths)
     config = config or choose_config(
-        batch_size=batch_size, num_rows=num_rows, seq_len_kv=kv.shape[1], num_sms=num_sms(q.device)
+        batch_size=batch_size, num_rows=num_rows, seq_len_kv=seq_len_kv, num_sms=num_sms(q.device)
     )
     splits = config.num_splits
     results = allocate(q, HEAD_DIM_V, splits)
     if not q.numel():
         return results.outputs
     rows = q.view(batch_size, num_rows, HEAD_DIM_QK)
+    keys = kv if pages is None else kv.view(1, -1, HEAD_DIM_QK)
+    seq_lens, table, max_pages = results.part_lse, results.part_lse, 0
+    if pages is not None:
+        seq_lens, table, max_pages = pages.seq_lens, pages.block_table, pages.block_table.shape[1]
     _dense_decode_kernel[(triton.cdiv(num_rows, BLOCK_H), batch_size, splits)](
         TensorDescriptor.from_tensor(rows, [1, BLOCK_H, HALF]),
         TensorDescriptor.from_tensor(rows, [1, BLOCK_H, ROPE]),
-        TensorDescriptor.from_tensor(kv, [1, BLOCK_KV, HALF]),
-        TensorDescriptor.from_tensor(kv, [1, BLOCK_KV, ROPE]),
+        TensorDescriptor.from_tensor(keys, [1, BLOCK_KV, HALF]),
+        TensorDescriptor.from_tensor(keys, [1, BLOCK_KV, ROPE]),
         results.part, results.part_lse,
-        seq_len_q, kv.shape[1], num_heads, splits, sm_scale * LOG2_E,
-        BLOCK_H=BLOCK_H, BLOCK_KV=BLOCK_KV, IS_PARTIAL=splits > 1,
+        seq_lens, table, seq_len_q, seq_len_kv, max_pages, num_heads, splits, sm_scale * LOG2_E,
+        BLOCK_H=BLOCK_H, BLOCK_KV=BLOCK_KV, IS_PARTIAL=splits > 1, IS_RAGGED=pages is not None,
         NUM_STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return combine(results)
@@ -298,7 +317,7 @@ def decode(
 def run(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
-    return decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale)
+    return decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, pages=inputs.pages)
 
 
 def supports(shape: DenseAttentionShape, machine: Machine) -> str | None:
@@ -312,7 +331,7 @@ IMPLEMENTATIONS = (Implementation(name="triton", run=run, supports=supports, pri
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both forms at the V3.2 shape; decode whole and in parts."""
+    """Both forms at the V3.2 shape; decode whole, in parts, and of different lengths in parts."""
     fp32, size = "*fp32:16", "i32:16"
 
     def tile(*block: int) -> str:
@@ -339,22 +358,23 @@ def compile_cases() -> list[CompileCase]:
     )  # fmt: skip
     decode_cases = [
         CompileCase(
-            name=f"dense_decode_triton[{'parts' if is_partial else 'whole'}]",
+            name=f"dense_decode_triton[{name}]",
             kernel=_dense_decode_kernel,
             signature={
                 "q_half_desc": tile(1, BLOCK_H, HALF), "q_rope_desc": tile(1, BLOCK_H, ROPE),
                 "kv_half_desc": tile(1, BLOCK_KV, HALF), "kv_rope_desc": tile(1, BLOCK_KV, ROPE),
-                "out_ptr": fp32 if is_partial else "*bf16:16", "lse_ptr": fp32,
-                "seq_len_q": "i32", "seq_len_kv": size, "num_heads": size, "num_splits": "i32",
+                "out_ptr": "*bf16:16" if name == "whole" else fp32, "lse_ptr": fp32,
+                "seq_lens_ptr": "*i32:16", "table_ptr": "*i32:16", "seq_len_q": "i32",
+                "seq_len_kv": size, "max_pages": "i32", "num_heads": size, "num_splits": "i32",
                 "qk_scale_log2": "fp32",
             },
             constexprs={
-                "BLOCK_H": BLOCK_H, "BLOCK_KV": BLOCK_KV, "IS_PARTIAL": is_partial,
-                "NUM_STAGES": parts.num_stages,
+                "BLOCK_H": BLOCK_H, "BLOCK_KV": BLOCK_KV, "IS_PARTIAL": name != "whole",
+                "IS_RAGGED": name == "ragged", "NUM_STAGES": parts.num_stages,
             },
             options={"num_warps": parts.num_warps},
             must_have={"HGMMA.64x128x16": 8, "UTMALDG": 6},
         )
-        for is_partial in (False, True)
+        for name in ("whole", "parts", "ragged")
     ]  # fmt: skip
     return [prefill_case, *decode_cases]

@@ -3,7 +3,7 @@
 Prefill calls `flash_attn_func`: causal there means aligned to the end of the keys, as here.
 Decode is its MLA form: the rotated 64 columns go in as q and k, the other 512 as qv and v, and the
 scores are q · k + qv · v; k and v are views of the same rows (their strides, 1152 bytes, are
-multiples of 16 as TMA wants them).
+multiples of 16 as TMA wants them). Sequences of different lengths go in as pages with their table.
 In fp8 it does prefill alone here: e4m3 with one descale a head, [batch_size, num_heads] in their
 words, bf16 out; their MLA form takes no fp8. By default their fp8 kernel sums all keys of a query
 in one accumulator and is wrong at long L; `num_splits`, theirs too, cuts the keys in pieces and
@@ -26,6 +26,7 @@ from dsa_bench.baselines.dense_attention import (
     DensePrefillInputs,
 )
 from dsa_bench.baselines.dense_attention_fp8 import PIECE_KEYS, Fp8PrefillInputs, num_pieces
+from dsa_bench.baselines.key_pages import KeyPages
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
@@ -62,7 +63,9 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float) -> DenseOutputs
     return DenseOutputs(out[0], lse[0].transpose(0, 1))
 
 
-def decode(q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float) -> DenseOutputs:
+def decode(
+    q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float, pages: KeyPages | None = None
+) -> DenseOutputs:
     """MQA form; the number of splits over keys is theirs to choose (num_splits=0)."""
     kv = kv.unsqueeze(2)
     out, lse, *_ = load().flash_attn_with_kvcache(
@@ -70,6 +73,8 @@ def decode(q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float) -> DenseO
         kv[..., head_dim_v:],
         kv[..., :head_dim_v],
         qv=q[..., :head_dim_v],
+        cache_seqlens=None if pages is None else pages.seq_lens,
+        page_table=None if pages is None else pages.block_table,
         softmax_scale=sm_scale,
         causal=True,
         num_splits=0,
@@ -83,7 +88,13 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
     assert isinstance(inputs, DenseDecodeInputs)
-    return decode(inputs.q, inputs.kv, head_dim_v=inputs.head_dim_v, sm_scale=inputs.sm_scale)
+    return decode(
+        inputs.q,
+        inputs.kv,
+        head_dim_v=inputs.head_dim_v,
+        sm_scale=inputs.sm_scale,
+        pages=inputs.pages,
+    )
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ a step. Here it is made at the first call of a shape and kept, so its kernel is 
 to 7 µs a step).
 """
 
-import dataclasses
 import importlib
 import importlib.util
 import math
@@ -37,6 +36,7 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
 )
 from dsa_bench.baselines.dense_attention_fp8 import PIECE_KEYS, Fp8DecodeInputs, num_pieces
+from dsa_bench.baselines.key_pages import PAGE_SIZE, KeyPages, lay_out_pages
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
 from dsa_bench.kernels.sparse_decode import (
@@ -52,7 +52,6 @@ from dsa_bench.kernels.sparse_prefill import (
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine, Unsupported
 
-PAGE_SIZE = 64
 HEADS_TAKEN = (64, 128)
 PREFILL_TOPK_MULTIPLE, DECODE_TOPK_MULTIPLE = 128, 64
 MAX_SEQUENCES = 4095
@@ -161,26 +160,25 @@ def sparse_decode(inputs: SparseDecodeInputs, /) -> SparseDecodeOutputs:
 
 
 @cache
-def _pages(batch_size: int, seq_len_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """block_table and seq_lens of a contiguous cache seen as pages."""
-    pages = seq_len_kv // PAGE_SIZE
-    table = torch.arange(batch_size * pages, dtype=torch.int32, device=device)
-    lens = torch.full((batch_size,), seq_len_kv, dtype=torch.int32, device=device)
-    return table.view(batch_size, pages), lens
+def _pages(batch_size: int, seq_len_kv: int, device: torch.device) -> KeyPages:
+    """A contiguous cache seen as pages of 64 tokens, in order."""
+    return lay_out_pages((seq_len_kv,) * batch_size, device)
+
+
+def _pages_of(inputs: DenseDecodeInputs | Fp8DecodeInputs) -> KeyPages:
+    return inputs.pages or _pages(*inputs.kv.shape[:2], inputs.kv.device)
 
 
 @torch.no_grad()
 def dense_decode(inputs: DenseDecodeInputs, /) -> DenseOutputs:
-    """The contiguous cache is a view of pages of 64 tokens, in order."""
-    batch_size, seq_len_kv, width = inputs.kv.shape
-    block_table, seq_lens = _pages(batch_size, seq_len_kv, inputs.kv.device)
-    key = ("dense", inputs.q.device, *inputs.q.shape, seq_len_kv)
+    pages = _pages_of(inputs)
+    key = ("dense", inputs.q.device, *inputs.q.shape, pages.lengths)
     out, lse, *made = ops().dense_decode_fwd(
         inputs.q,
-        inputs.kv.view(-1, PAGE_SIZE, 1, width),
+        inputs.kv.view(-1, PAGE_SIZE, 1, inputs.kv.shape[-1]),
         inputs.head_dim_v,
-        seq_lens,
-        block_table,
+        pages.seq_lens,
+        pages.block_table,
         inputs.sm_scale,
         True,
         *_schedules.get(key, Schedule(None, None)),
@@ -189,22 +187,37 @@ def dense_decode(inputs: DenseDecodeInputs, /) -> DenseOutputs:
     return DenseOutputs(out, lse.transpose(1, 2))
 
 
+class Pieces(NamedTuple):
+    """Sequences cut into pieces of PIECE_KEYS keys, each a sequence to the kernel: the first piece
+    of all sequences, the second of all that have one, …"""
+
+    block_table: Tensor
+    seq_lens: Tensor
+    places: Tensor | None
+    """[pieces] int64: number of the piece · sequences + sequence; None: every sequence has all."""
+    most: int
+    """Pieces of the longest sequence."""
+
+
 @cache
-def _pieces(batch_size: int, seq_len_kv: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """block_table and seq_lens of pieces of PIECE_KEYS keys, each a sequence to the kernel: the
-    first piece of all sequences, the second of all, …"""
-    table, _ = _pages(batch_size, seq_len_kv, device)
-    pieces, pages = num_pieces(seq_len_kv), PIECE_KEYS // PAGE_SIZE
-    table = torch.nn.functional.pad(table, (0, pieces * pages - table.shape[1]))
-    table = table.view(batch_size, pieces, pages).transpose(0, 1).reshape(-1, pages)
-    lens = torch.full((pieces, batch_size), PIECE_KEYS, dtype=torch.int32, device=device)
-    lens[-1] = seq_len_kv - (pieces - 1) * PIECE_KEYS
-    return table, lens.flatten()
+def _pieces(lengths: tuple[int, ...], first: int, end: int, device: torch.device) -> Pieces:
+    """Of the sequences first … end - 1 of a batch of these lengths."""
+    pages = lay_out_pages(lengths, device).select(slice(first, end))
+    count, width = num_pieces(max(pages.lengths)), PIECE_KEYS // PAGE_SIZE
+    table = pages.block_table[:, : count * width]
+    table = torch.nn.functional.pad(table, (0, count * width - table.shape[1]))
+    table = table.view(-1, count, width).transpose(0, 1).reshape(-1, width)
+    begins = torch.arange(count, dtype=torch.int32, device=device)[:, None] * PIECE_KEYS
+    lens = (pages.seq_lens - begins).clamp(0, PIECE_KEYS).flatten()
+    places = lens.nonzero().flatten()
+    if len(places) == len(lens):
+        return Pieces(table, lens, None, count)
+    return Pieces(table[places], lens[places], places, count)
 
 
-def _schedule_fp8(q: Tensor, block_table: Tensor, seq_lens: Tensor, seq_len_kv: int) -> Schedule:
-    """Of sequences of `seq_len_kv` keys, or of their pieces; the table's shape tells them apart."""
-    key = ("dense fp8", q.device, *q.shape, *block_table.shape, seq_len_kv)
+def _schedule_fp8(q: Tensor, seq_lens: Tensor, *of: object) -> Schedule:
+    """Of these lengths; `of` tells them from others of as many queries."""
+    key = ("dense fp8", q.device, *q.shape, *of)
     if key not in _schedules:
         rows = q.shape[1] * q.shape[2]
         made = ops().get_mla_decoding_metadata_dense_fp8(seq_lens, rows, 1)
@@ -240,31 +253,42 @@ def dense_decode_fp8(inputs: Fp8DecodeInputs, /) -> DenseOutputs:
     as sequences, with a copy of the query each, and joined by lse, all inside the timed call.
     Several new tokens a sequence are not cut: the mask of the last ones would fall on every piece.
     """
-    q, (batch_size, seq_len_kv, _) = inputs.q, inputs.kv.shape
-    pages = _pages(batch_size, seq_len_kv, q.device)
-    schedule = _schedule_fp8(q, *pages, seq_len_kv)
+    q, pages = inputs.q, _pages_of(inputs)
+    lengths = pages.lengths
+    schedule = _schedule_fp8(q, pages.seq_lens, lengths)
     assert schedule.metadata is not None
-    keys_of_a_part = min(seq_len_kv, batch_size * seq_len_kv // schedule.metadata.shape[0])
+    keys_of_a_part = min(max(lengths), sum(lengths) // schedule.metadata.shape[0])
     if keys_of_a_part <= PIECE_KEYS or q.shape[1] > 1:
-        return DenseOutputs(*_attend_fp8(inputs, q, *pages, schedule))
+        out, lse = _attend_fp8(inputs, q, pages.block_table, pages.seq_lens, schedule)
+        return DenseOutputs(out, lse)
     out = torch.empty(*q.shape[:-1], inputs.head_dim_v, dtype=torch.bfloat16, device=q.device)
     lse = torch.empty(q.shape[:-1], device=q.device)
-    at_once = MAX_SEQUENCES // num_pieces(seq_len_kv)
-    for first in range(0, batch_size, at_once):
-        rows = slice(first, first + at_once)
-        some = dataclasses.replace(inputs, q=q[rows], kv=inputs.kv[rows])
-        _decode_fp8_pieces(some, out[rows], lse[rows])
+    at_once = MAX_SEQUENCES // num_pieces(max(lengths))
+    for first in range(0, len(lengths), at_once):
+        some = slice(first, first + at_once)
+        pieces = _pieces(lengths, first, first + at_once, q.device)
+        _decode_fp8_pieces(inputs, q[some], pieces, out[some], lse[some], lengths, first)
     return DenseOutputs(out, lse)
 
 
-def _decode_fp8_pieces(inputs: Fp8DecodeInputs, out: Tensor, lse: Tensor) -> None:
+def _decode_fp8_pieces(
+    inputs: Fp8DecodeInputs, q: Tensor, pieces: Pieces, out: Tensor, lse: Tensor, *of: object
+) -> None:
     """Each piece a sequence, then the pieces of a sequence joined into `out` and `lse`."""
-    batch_size, seq_len_kv, _ = inputs.kv.shape
-    pieces = _pieces(batch_size, seq_len_kv, inputs.q.device)
-    copies = inputs.q.repeat(num_pieces(seq_len_kv), 1, 1, 1)
-    schedule = _schedule_fp8(copies, *pieces, seq_len_kv)
-    part, part_lse = _attend_fp8(inputs, copies, *pieces, schedule)
-    combine_splits(part, part_lse * LOG2_E, num_pieces(seq_len_kv), None, out, lse)
+    places, num_places = pieces.places, pieces.most * len(q)
+    if places is None:
+        copies = q.repeat(pieces.most, 1, 1, 1)
+    else:
+        copies = q.view(torch.uint8)[places % len(q)].view(q.dtype)
+    schedule = _schedule_fp8(copies, pieces.seq_lens, *of)
+    part, part_lse = _attend_fp8(inputs, copies, pieces.block_table, pieces.seq_lens, schedule)
+    part_lse = part_lse * LOG2_E
+    if places is not None:
+        # what is missing is not read: its weight is 0
+        part = part.new_empty(num_places, *part.shape[1:]).index_copy_(0, places, part)
+        nothing = part_lse.new_full((num_places, *part_lse.shape[1:]), float("-inf"))
+        part_lse = nothing.index_copy_(0, places, part_lse)
+    combine_splits(part, part_lse, pieces.most, None, out, lse)
 
 
 def _needs_hopper(machine: Machine) -> str | None:
@@ -308,7 +332,7 @@ def _supports_dense_decode(shape: DenseAttentionShape, machine: Machine) -> str 
         return reason
     if shape.is_prefill:
         return "flash_mla has no dense prefill for Hopper"
-    if shape.seq_len_kv % PAGE_SIZE:
+    if shape.seq_len_kv % PAGE_SIZE and not shape.is_ragged:
         return (
             f"flash_mla reads pages of {PAGE_SIZE} tokens, and {shape.seq_len_kv} keys of a"
             " contiguous cache are no whole number of them"

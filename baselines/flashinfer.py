@@ -2,7 +2,8 @@
 
 Prefill is its ragged wrapper for one prompt, decode its wrapper for latent keys, both by their
 Hopper kernels ("fa3"); causal there means aligned to the end of the keys, as here. The contiguous
-cache is a view of pages, in order: of 64 tokens, or of 1 where the length is no multiple of 64.
+cache is a view of pages, in order: of 64 tokens, or of 1 where the length is no multiple of 64 and
+the same for all sequences.
 
 lse of prefill is to base 2 and multiplied by ln 2 inside the timed call, 4 bytes a row and head; in
 decode it is asked for natural.
@@ -22,6 +23,7 @@ Each part is compiled by nvcc at its first call, which takes minutes, and kept o
 
 import importlib
 import importlib.util
+import itertools
 import math
 import shutil
 from functools import cache, lru_cache
@@ -38,13 +40,14 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
+from dsa_bench.baselines.key_pages import PAGE_SIZE, KeyPages
+from dsa_bench.kernels.decode_lengths import pages_of
 from dsa_bench.kernels.topk import TopkInputs, TopkOutputs, TopkShape, refuse_options
 from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine
 
 WORKSPACE_BYTES = 2**27
 """What their documentation advises for partial results."""
-PAGE_SIZE = 64
 TILE_ROWS = 128
 """Rows (query, head) that a tile of their decode holds at most."""
 PRECOMPILED = "flashinfer_jit_cache"
@@ -126,29 +129,30 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float) -> DenseOutputs
 
 
 def page_size_of(seq_len_kv: int) -> int:
+    """Of a view of contiguous keys; of keys in pages that is their size."""
     return PAGE_SIZE if seq_len_kv % PAGE_SIZE == 0 else 1
 
 
 @lru_cache(maxsize=4)
 def plan_decode(
-    batch_size: int,
+    lengths: tuple[int, ...],
+    page_size: int,
     seq_len_q: int,
-    seq_len_kv: int,
     num_heads: int,
     head_dim_v: int,
     head_dim_rope: int,
     sm_scale: float,
     device: torch.device,
 ) -> Any:
-    """A wrapper planned for a batch of one length; its tables are offsets (CSR)."""
-    mla, page_size = importlib.import_module("flashinfer.mla"), page_size_of(seq_len_kv)
-    pages = seq_len_kv // page_size
-    sequences = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    """A wrapper planned for sequences of these lengths, whose pages follow each other; its tables
+    are offsets (CSR)."""
+    mla = importlib.import_module("flashinfer.mla")
+    ends = [0, *itertools.accumulate(pages_of(lengths, page_size))]
     metadata = mla.MLAPlanMetadata.csr(
-        qo_indptr=sequences * seq_len_q,
-        kv_indptr=sequences * pages,
-        kv_indices=torch.arange(batch_size * pages, dtype=torch.int32, device=device),
-        kv_len_arr=torch.full((batch_size,), seq_len_kv, dtype=torch.int32, device=device),
+        qo_indptr=torch.arange(len(ends), dtype=torch.int32, device=device) * seq_len_q,
+        kv_indptr=torch.tensor(ends, dtype=torch.int32, device=device),
+        kv_indices=torch.arange(ends[-1], dtype=torch.int32, device=device),
+        kv_len_arr=torch.tensor(lengths, dtype=torch.int32, device=device),
     )
     wrapper = mla.BatchMLAPagedAttentionWrapper(_workspace(device), backend="fa3")
     wrapper.plan(
@@ -167,17 +171,20 @@ def plan_decode(
     return wrapper
 
 
-def decode(q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float) -> DenseOutputs:
+def decode(
+    q: Tensor, kv: Tensor, *, head_dim_v: int, sm_scale: float, pages: KeyPages | None = None
+) -> DenseOutputs:
     """MQA form; queries of all sequences in a row."""
     batch_size, seq_len_q, num_heads, width = q.shape
-    seq_len_kv = kv.shape[1]
+    lengths = (kv.shape[1],) * batch_size if pages is None else pages.lengths
+    page_size = page_size_of(kv.shape[1])
     wrapper = plan_decode(
-        batch_size, seq_len_q, seq_len_kv, num_heads, head_dim_v, width - head_dim_v, sm_scale,
+        lengths, page_size, seq_len_q, num_heads, head_dim_v, width - head_dim_v, sm_scale,
         q.device,
     )  # fmt: skip
     out, lse = wrapper.run(
         query=q.flatten(0, 1),
-        kv_cache=kv.view(-1, page_size_of(seq_len_kv), width),
+        kv_cache=kv.view(-1, page_size, width),
         return_lse=True,
         return_lse_base_on_e=True,
     )
@@ -190,7 +197,13 @@ def run(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
     assert isinstance(inputs, DenseDecodeInputs)
-    return decode(inputs.q, inputs.kv, head_dim_v=inputs.head_dim_v, sm_scale=inputs.sm_scale)
+    return decode(
+        inputs.q,
+        inputs.kv,
+        head_dim_v=inputs.head_dim_v,
+        sm_scale=inputs.sm_scale,
+        pages=inputs.pages,
+    )
 
 
 @torch.no_grad()

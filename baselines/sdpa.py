@@ -33,6 +33,7 @@ from dsa_bench.baselines.dense_attention import (
     DenseOutputs,
     DensePrefillInputs,
 )
+from dsa_bench.baselines.key_pages import keys_of
 from dsa_bench.operator import Implementation, Machine
 
 MIN_CAPABILITY = (8, 0)
@@ -130,23 +131,33 @@ def run_efficient(inputs: DensePrefillInputs, /) -> DenseOutputs:
 def run_cpu(inputs: DenseInputs, /) -> DenseOutputs:
     if isinstance(inputs, DensePrefillInputs):
         return _prefill_in_two_parts(inputs, _attend_cpu)
-    batch_size, seq_len_q, num_heads, width = inputs.q.shape
-    q, kv = inputs.q.view(batch_size, 1, -1, width), inputs.kv.unsqueeze(1)
+    if inputs.pages is None:
+        return DenseOutputs(*_decode_cpu(inputs, inputs.q, inputs.kv))
+    parts = [
+        _decode_cpu(inputs, inputs.q[b : b + 1], keys_of(inputs.kv, inputs.pages, b).unsqueeze(0))
+        for b in range(inputs.q.shape[0])
+    ]
+    return DenseOutputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _decode_cpu(inputs: DenseDecodeInputs, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences of one length."""
+    batched, width = q.shape[:3], q.shape[3]
+    rows, keys = q.reshape(batched[0], 1, -1, width), kv.unsqueeze(1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, kv, kv, attn_mask=_decode_mask(inputs), scale=inputs.sm_scale
+        rows, keys, keys, attn_mask=_decode_mask(q, kv.shape[1]), scale=inputs.sm_scale
     )
-    out = out.view(batch_size, seq_len_q, num_heads, width)[..., : inputs.head_dim_v]
-    return DenseOutputs(out, lse.view(batch_size, seq_len_q, num_heads))
+    return out.view(*batched, width)[..., : inputs.head_dim_v], lse.view(batched)
 
 
-def _decode_mask(inputs: DenseDecodeInputs) -> Tensor | None:
+def _decode_mask(q: Tensor, seq_len_kv: int) -> Tensor | None:
     """[seq_len_q · num_heads, seq_len_kv], added to the scores; None for one query: it sees all."""
-    seq_len_q, num_heads, seq_len_kv = *inputs.q.shape[1:3], inputs.kv.shape[1]
+    seq_len_q, num_heads = q.shape[1:3]
     if seq_len_q == 1:
         return None
     hidden = torch.ones(seq_len_q, seq_len_kv, dtype=torch.bool)
     hidden = hidden.triu_(seq_len_kv - seq_len_q + 1).repeat_interleave(num_heads, 0)
-    return torch.zeros(hidden.shape, dtype=inputs.q.dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
 
 
 def _supports_cudnn(shape: DenseAttentionShape, machine: Machine) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dsa_bench.finding import Finding
+from dsa_bench.record import EQUAL_LENGTHS, Case
 
 TIMEOUT = 600.0
 """Seconds for one process; compiling a kernel takes the most."""
@@ -26,6 +27,8 @@ ODD_SIZES = ((301, 1), (37, 37))
 """(L, queries) of a prefill with random inputs: one query, and as many as there are keys. Decode
 takes one new token of one sequence."""
 ODD_TOPK, ODD_HEADS = 16, 16
+RAGGED = "one-long"
+"""Lengths of one more decode: all but one sequence have fewer keys than topk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,20 +111,28 @@ def inputs_of(owner: Any, device: str) -> Iterator[Input]:
     for name, shape in _shapes(owner, sizes, batch_size=3, new_tokens=2):
         for kind, mutate in mutations.items():
             yield Input(name=f"{name} {kind}", shape=shape, mutate=mutate)
+    if "lengths" in owner.axes:
+        for name, shape in _shapes(owner, sizes, batch_size=3, new_tokens=2, lengths=RAGGED):
+            yield Input(name=f"{name} {RAGGED}", shape=shape, mutate=plain)
 
 
 def _shapes(
-    owner: Any, sizes: Sequence[tuple[int, int, int, int]], *, batch_size: int, new_tokens: int
+    owner: Any,
+    sizes: Sequence[tuple[int, int, int, int]],
+    *,
+    batch_size: int,
+    new_tokens: int,
+    lengths: str = EQUAL_LENGTHS,
 ) -> Iterator[tuple[str, Any]]:
     """(name, shape) of (L, queries, topk, heads) in each phase and precision that has them.
 
-    `queries` is of prefill, `batch_size` and `new_tokens` are of decode.
+    `queries` is of prefill, `batch_size`, `new_tokens` and `lengths` are of decode, the only phase
+    of lengths that are not equal.
     """
     from dsa_bench.operator import Unsupported
     from dsa_bench.preset import PRESETS
-    from dsa_bench.record import Case
 
-    for phase in owner.phases:
+    for phase in owner.phases if lengths == EQUAL_LENGTHS else ("decode",):
         is_prefill = phase == "prefill"
         for precision in ("bf16", "fp8") if "precision" in owner.axes else ("bf16",):
             for length, queries, topk, heads in sizes:
@@ -135,6 +146,7 @@ def _shapes(
                     precision=precision,
                     batch_size=1 if is_prefill else batch_size,
                     num_heads=heads,
+                    lengths=lengths,
                 )
                 try:
                     shape = owner.shape(case, PRESETS[case.preset])

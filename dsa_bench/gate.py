@@ -5,7 +5,7 @@ ones are, for the reference in fp32 would cost more than the measurement. The ot
 be finite where the operator says so, which shows rows that nobody wrote.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,20 @@ class Verdict:
 
 
 def sample_rows(
-    num_rows: int, *, seed: int, device: str, limit: int = SAMPLED_ROWS
+    num_rows: int,
+    *,
+    seed: int,
+    device: str,
+    limit: int = SAMPLED_ROWS,
+    always: Sequence[int] = (),
 ) -> Tensor | None:
-    """Sorted row numbers: first, last, random ones; None (all rows) where there are few."""
+    """Sorted row numbers: first, last, random ones, and `always`; None (all rows) where there are
+    few."""
     if num_rows <= limit:
         return None
     generator = torch.Generator().manual_seed(seed)
     inner = torch.randperm(num_rows - 2, generator=generator)[: limit - 2] + 1
-    ends = torch.tensor([0, num_rows - 1])
-    return torch.cat([ends, inner]).sort().values.to(device)
+    return torch.tensor(sorted({0, num_rows - 1, *inner.tolist(), *always}), device=device)
 
 
 def poison_memory(memory: Memory, device: str, free: int) -> None:
@@ -68,6 +73,7 @@ def check_outputs(
     seed: int,
     device: str,
     limit: int = SAMPLED_ROWS,
+    always: Sequence[int] = (),
     figures: bool = True,
 ) -> Verdict:
     """Run the operator's checks on all rows or a sample of them, and its informative figures.
@@ -80,7 +86,7 @@ def check_outputs(
     if lazy:
         reason = f"outputs must be plain torch.Tensor, got {', '.join(lazy)}"
         return Verdict(gate={"checks": []}, reason=reason)
-    rows = sample_rows(num_rows, seed=seed, device=device, limit=limit)
+    rows = sample_rows(num_rows, seed=seed, device=device, limit=limit, always=always)
     checks = operator.check(inputs, outputs, rows=rows)
     checks += tuple(finite_check(name, getattr(outputs, name)) for name in operator.finite)
     gate: dict[str, Any] = {

@@ -95,6 +95,11 @@ class Implementation:
     """`auto` takes the supported implementation with the highest priority."""
 
 
+def no_rows(shape: Any) -> tuple[int, ...]:
+    """`always_checked` of an operator whose rows are all alike."""
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Operator:
     """A function with fixed mathematics: all that does not depend on how it is computed."""
@@ -103,8 +108,8 @@ class Operator:
     summary: str
     phases: tuple[str, ...]
     axes: frozenset[str]
-    """Axes of a Case that it has, of: topk, precision, batch_size, num_heads, tensor_parallel,
-    inputs, weights.
+    """Axes of a Case that it has, of: topk, precision, batch_size, lengths, num_heads,
+    tensor_parallel, inputs, weights.
     """
     shape: Callable[[Case, Preset], Any]
     """The integers of a case; raises Unsupported(reason) where the case makes no sense."""
@@ -118,6 +123,8 @@ class Operator:
     memory: Callable[[Any], Memory]
     num_rows: Callable[[Any], int]
     """How many queries (rows) an output of this shape has."""
+    always_checked: Callable[[Any], tuple[int, ...]] = no_rows
+    """Rows that no sample leaves out: of a batch that of its longest sequence."""
     stages: Callable[[str], tuple[str, ...]] | None = None
     """phase -> names of the operators it is composed of, in order; None for a plain operator."""
     compose: Callable[[str, Mapping[str, Implementation]], Run] | None = None

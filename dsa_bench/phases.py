@@ -163,6 +163,7 @@ class Job:
             inputs,
             outputs,
             num_rows=operator.num_rows(self.resolved.shape),
+            always=operator.always_checked(self.resolved.shape),
             device=self._device,
             **options,
         )

@@ -22,6 +22,9 @@ AUTO_MODE = "auto"
 INPUT_KINDS = ("random", "needle", "local", "heavy")
 """Made-up inputs of an operator that has the axis; see kernels/content.py."""
 RANDOM_INPUTS = INPUT_KINDS[0]
+LENGTH_KINDS = ("equal", "spread", "one-long")
+"""How long the sequences of a decode batch are; see kernels/decode_lengths.py."""
+EQUAL_LENGTHS = LENGTH_KINDS[0]
 OVERLAP = "overlap="
 """Before R, 0 … 1: lists of keys that share so much; see kernels/index_patterns.py."""
 STATUSES = ("ok", "wrong", "failed", "oom", "timeout", "skipped", "interrupted")
@@ -67,7 +70,7 @@ class Case:
     """Name of the implementation; for a composed operator stage -> name."""
     phase: str
     seq_len_kv: int
-    """L: prefill, the position at which the chunk of queries ends; decode, the context."""
+    """L: prefill, the position at which the chunk of queries ends; decode, the longest context."""
     seq_len_q: int
     topk: int | None = None
     precision: str = "bf16"
@@ -83,6 +86,8 @@ class Case:
     """One of INPUT_KINDS, `overlap=R`, or the path of a .safetensors file of captured inputs."""
     weights: str = ""
     """FILE or FILE:LAYER of the weights; empty: made up."""
+    lengths: str = EQUAL_LENGTHS
+    """One of LENGTH_KINDS; in prefill, which has one sequence, EQUAL_LENGTHS."""
 
     def to_json(self) -> dict[str, Any]:
         out = dataclasses.asdict(self)
@@ -123,7 +128,7 @@ class Case:
 LATER_FIELDS: Mapping[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(Case)
-    if field.name in ("mode", "tensor_parallel", "inputs", "weights")
+    if field.name in ("mode", "tensor_parallel", "inputs", "weights", "lengths")
 }
 """Fields of a case that came after the first keys, with their defaults."""
 
@@ -294,7 +299,8 @@ class Record:
 def _check_case(case: Case) -> None:
     """Refused for names and sizes that no case has."""
     stages = {"impl": case.impl} if isinstance(case.impl, str) else case.impl
-    names = {name: getattr(case, name) for name in ("op", "phase", "precision", "preset", "mode")}
+    plain = ("op", "phase", "precision", "preset", "mode", "lengths")
+    names = {name: getattr(case, name) for name in plain}
     for name, value in {**names, **stages}.items():
         text(name, "the name of a stage", MAX_NAME)
         text(value, f"case.{name}", MAX_NAME)

@@ -58,6 +58,7 @@ def _rivalry(case: Case) -> tuple[object, ...]:
     """What competitors have in common: shape, inputs, mode, and the operator or the contest."""
     op = CONTEST_OF.get(case.op, case.op)
     return (
-        *(op, case.phase, case.seq_len_kv, case.seq_len_q, case.batch_size, case.num_heads),
-        *(case.tensor_parallel, case.inputs, case.weights, case.preset, case.seed, case.mode),
+        *(op, case.phase, case.seq_len_kv, case.seq_len_q, case.batch_size, case.lengths),
+        *(case.num_heads, case.tensor_parallel, case.inputs, case.weights),
+        *(case.preset, case.seed, case.mode),
     )

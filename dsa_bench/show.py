@@ -8,7 +8,7 @@ from typing import Any
 
 from dsa_bench.cost import SUSTAINED_PREFIX
 from dsa_bench.finding import Finding
-from dsa_bench.record import RANDOM_INPUTS, Case, KernelTime, Record, StageTime
+from dsa_bench.record import EQUAL_LENGTHS, RANDOM_INPUTS, Case, KernelTime, Record, StageTime
 from dsa_bench.reports.units import (
     format_bandwidth,
     format_bytes,
@@ -81,10 +81,11 @@ def case_label(case: Case) -> str:
 
 def _others(case: Case) -> tuple[str, ...]:
     """Axes that few cases have, where they are not at their default; of a path the file's name."""
+    lengths = (f"lengths={case.lengths}",) if case.lengths != EQUAL_LENGTHS else ()
     ranks = (f"tp={case.tensor_parallel}",) if case.tensor_parallel != 1 else ()
     inputs = (f"inputs={Path(case.inputs).name}",) if case.inputs != RANDOM_INPUTS else ()
     weights = (f"weights={Path(case.weights).name}",) if case.weights else ()
-    return (*ranks, *inputs, *weights)
+    return (*lengths, *ranks, *inputs, *weights)
 
 
 def ending(record: Record) -> str:

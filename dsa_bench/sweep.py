@@ -20,8 +20,10 @@ from dsa_bench.operator import Operator, UsageError
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import (
     AUTO_MODE,
+    EQUAL_LENGTHS,
     INPUT_KINDS,
     LATER_FIELDS,
+    LENGTH_KINDS,
     MODES,
     OVERLAP,
     PHASES,
@@ -34,7 +36,7 @@ from dsa_bench.sizes import SIZES_HINT, format_size, parse_sizes
 
 PRECISIONS = ("bf16", "fp8")
 SIZE_AXES = ("seq_len_kv", "topk", "batch_size", "seq_len_q", "num_heads", "tensor_parallel")
-AXES = (*SIZE_AXES, "precision", "mode", "inputs", "weights")
+AXES = (*SIZE_AXES, "lengths", "precision", "mode", "inputs", "weights")
 TENSORS_SUFFIX = ".safetensors"
 SWEEP_FOLDER = Path(__file__).parent / "sweeps"
 
@@ -46,6 +48,7 @@ FLAGS = {
     "topk": "-k",
     "precision": "--precision",
     "batch_size": "--batch",
+    "lengths": "--lengths",
     "seq_len_q": "--seq-len-q",
     "num_heads": "--heads",
     "tensor_parallel": "--tp",
@@ -90,6 +93,8 @@ class Axes:
     """Kinds, and paths of files with captured inputs."""
     weights: str = ""
     """FILE or FILE:LAYER; empty: made up."""
+    lengths: tuple[str, ...] = (EQUAL_LENGTHS,)
+    """Decode alone, as the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +216,8 @@ def _parse(name: str, key: str, value: Any) -> Any:
         return _choices(name, value, (AUTO_MODE, *MODES))
     if key == "phase":
         return _choices(name, value, PHASES)
+    if key == "lengths":
+        return _choices(name, value, LENGTH_KINDS)
     if key in ("op", "impl"):
         return _words(name, value)
     if key == "inputs":
@@ -310,9 +317,9 @@ def cases(sweep: Sweep, operators: Mapping[str, Operator]) -> tuple[Case, ...]:
     """The product of the axes, each case once, with impl `auto`.
 
     L ascends before the operators change, so that a run that is cut short still compares them. An
-    axis that an operator lacks stands at its default (topk None, bf16, batch 1, the preset's
-    heads, one rank, random inputs, made-up weights), and an operator makes no case in a phase it
-    doesn't have.
+    axis that an operator lacks stands at its default (topk None, bf16, batch 1, equal lengths, the
+    preset's heads, one rank, random inputs, made-up weights), and an operator makes no case in a
+    phase it doesn't have.
     """
     made = {
         case.key: case
@@ -340,8 +347,9 @@ def _points(
         axes.mode,
         axes.tensor_parallel if "tensor_parallel" in own else (1,),
         axes.inputs if "inputs" in own else (RANDOM_INPUTS,),
+        axes.lengths if "lengths" in own and phase == "decode" else (EQUAL_LENGTHS,),
     )
-    for k, precision, batch_size, seq_len_q, num_heads, mode, ranks, inputs in product:
+    for k, precision, batch_size, seq_len_q, num_heads, mode, ranks, inputs, lengths in product:
         if num_heads % ranks:
             flag = FLAGS["tensor_parallel"]
             raise UsageError(f"{flag} must divide the {num_heads} heads, got {ranks}")
@@ -361,6 +369,7 @@ def _points(
             tensor_parallel=ranks,
             inputs=inputs,
             weights=axes.weights if "weights" in own else "",
+            lengths=lengths,
         )
 
 

@@ -44,6 +44,7 @@ from dsa_bench.kernels.attention import (
     DECODE_OUT_TOLERANCE,
     budget_checks,
 )
+from dsa_bench.kernels.decode_lengths import longest_sequence
 from dsa_bench.kernels.dsa_captured import expect_captured, load_prefill_inputs
 from dsa_bench.kernels.dsa_figures import figures
 from dsa_bench.kernels.dsa_inputs import (
@@ -56,7 +57,7 @@ from dsa_bench.kernels.indexer_topk import check_selection
 from dsa_bench.kernels.paging import Pages
 from dsa_bench.operator import Cost, Implementation, Memory, Operator, Run, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import INPUT_KINDS, RANDOM_INPUTS, Case
+from dsa_bench.record import EQUAL_LENGTHS, INPUT_KINDS, RANDOM_INPUTS, Case
 
 STAGES = {
     "prefill": ("indexer", "topk", "sparse_prefill"),
@@ -86,6 +87,8 @@ class DsaShape:
     workspace_bytes: int = WORKSPACE_BYTES
     inputs: str = RANDOM_INPUTS
     """A kind of content, or the path of a file with captured inputs."""
+    lengths: str = EQUAL_LENGTHS
+    """A kind of `decode_lengths.py`."""
 
     def __post_init__(self) -> None:
         stages = self.stage_shapes()
@@ -140,6 +143,7 @@ class DsaShape:
             precision=self.precision,
             batch_size=self.batch_size,
             num_heads=self.num_heads,
+            lengths=self.lengths,
         )
 
 
@@ -362,6 +366,7 @@ def shape_of(case: Case, preset: Preset) -> DsaShape:
         num_heads=case.num_heads,
         preset=preset,
         inputs=case.inputs,
+        lengths=case.lengths,
     )
 
 
@@ -369,7 +374,7 @@ OPERATOR = Operator(
     name="dsa",
     summary="complete DeepSeek Sparse Attention: indexer, top-k, attention over the selection",
     phases=("prefill", "decode"),
-    axes=frozenset({"topk", "precision", "batch_size", "num_heads", "inputs"}),
+    axes=frozenset({"topk", "precision", "batch_size", "lengths", "num_heads", "inputs"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -377,6 +382,7 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.seq_len_q if shape.phase == "prefill" else shape.batch_size,
+    always_checked=longest_sequence,
     stages=STAGES.__getitem__,
     compose=compose,
     stage_shapes=lambda shape: {name: (part,) for name, part in shape.stage_shapes().items()},

@@ -81,7 +81,9 @@ def attend_densely(inputs: Inputs, row: int) -> Any:
         lens = inputs.kv_end[row : row + 1]
     else:
         q, lens = inputs.q[row], inputs.seq_lens[row]
-        keys = unpack_mla_rows(inputs.kv_cache[inputs.block_table[row].long()]).flatten(0, 1)
+        # behind the last page the table names none
+        pages = inputs.block_table[row, : -(-int(lens.max()) // inputs.page_size)].long()
+        keys = unpack_mla_rows(inputs.kv_cache[pages]).flatten(0, 1)
     valid = torch.arange(keys.shape[0], device=q.device) < lens[:, None]
     parts = [
         attend(q[j : j + 1], keys[None], valid[j : j + 1], inputs.sm_scale, HEAD_DIM_V, None)

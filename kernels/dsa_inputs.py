@@ -26,11 +26,11 @@ from dsa_bench.kernels.indexer import (
     make_index_vectors,
     weight_scale,
 )
-from dsa_bench.kernels.paged_indexer import PagedIndexerInputs, PagedIndexerShape, decode_lens
+from dsa_bench.kernels.paged_indexer import PagedIndexerInputs, PagedIndexerShape, visible_keys
 from dsa_bench.kernels.paging import (
     HEAD_DIM_ROPE,
     HEAD_DIM_V,
-    make_block_table,
+    make_ragged_block_table,
     pack_index_pages,
     pack_mla_rows,
 )
@@ -277,12 +277,10 @@ def _make_sequence(
     # far from the seeds of what the sequences share
     own_seed = (2**40 + seed * SEED_STEP + sequence) % 2**63
     g = torch.Generator(device=device).manual_seed(own_seed)
-    dim = shape.index_dim
-    z, y = make_content(
-        kind, num_keys=shape.seq_len_kv, num_queries=shape.seq_len_q, width=dim, generator=g
-    )
+    dim, length = shape.index_dim, shape.seq_lens[sequence]
+    z, y = make_content(kind, num_keys=length, num_queries=shape.seq_len_q, width=dim, generator=g)
     q, weights = make_index_queries(y, shape.index_heads, g)
-    rest = shape.max_pages * shape.page_size - shape.seq_len_kv
+    rest = shape.pages[sequence] * shape.page_size - length
     z = torch.cat([z, torch.randn(rest, dim, generator=g, device=g.device)])
     scale = float((shape.index_heads * dim) ** -0.5)
     return _Sequence(y, IndexVectors(q, weights * scale, z), g)
@@ -308,7 +306,7 @@ def _write_pages(
         kv = make_latents(part, projection, HEAD_DIM_ROPE, g)
         packed = pack_mla_rows(kv, shape.precision), pack_index_pages(part, shape.precision)
         if not caches:
-            num_pages = shape.batch_size * shape.max_pages
+            num_pages = sum(shape.pages)
             caches.extend(x.new_empty(num_pages, *x.shape[1:]) for x in packed)
         for cache, values in zip(caches, packed, strict=True):
             cache[own] = values
@@ -325,13 +323,14 @@ def make_decode_inputs(
     """New tokens of batch_size sequences, whose pages are randomly permuted; `kind` of content."""
     g = torch.Generator(device=device).manual_seed(seed)
     projection = make_projection(index_shape.index_dim, HEAD_DIM_V, g)
-    block_table = make_block_table(shape.batch_size, shape.max_pages, g)
+    block_table = make_ragged_block_table(shape.pages, g)
     make = partial(_make_sequence, index_shape, kind, seed, device)
     caches: list[Tensor] = []
     made = []
-    for sequence, pages in enumerate(block_table.long()):
+    for sequence, num_pages in enumerate(shape.pages):
         y, (q, weights, z), own = make(sequence)
         made.append((y, *quantize_index_queries(q, weights, index_shape.precision)))
+        pages = block_table[sequence, :num_pages].long()
         _write_pages(caches, pages, z, projection, shape, own)
     y, index_q, index_weights = (torch.stack(column) for column in zip(*made, strict=True))
     kv_cache, index_cache = caches
@@ -339,7 +338,7 @@ def make_decode_inputs(
         index_q,
         index_cache,
         index_weights,
-        decode_lens(shape.batch_size, shape.seq_len_q, shape.seq_len_kv, device),
+        visible_keys(shape.seq_lens, shape.seq_len_q, device),
         block_table,
         make_queries(y, shape.num_heads, projection, shape.sm_scale, HEAD_DIM_ROPE, g),
         kv_cache,

@@ -8,7 +8,8 @@ Shapes:
     block_table   [batch_size, max_pages]        int32
     topk_slots    [batch_size, seq_len_q, topk]  int32  rows of the cache
 
-Conventions: a position that is negative or not below max_pages · page_size gives -1.
+Conventions: a position that is negative or not below max_pages · page_size gives -1. A sequence of
+fewer than topk tokens lists them all, then -1; behind its last page its row of block_table is -1.
 Source: the step between selector and attention in vLLM's and SGLang's decode path.
 """
 
@@ -19,28 +20,49 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import Check, shape_differs
+from dsa_bench.kernels.decode_lengths import (
+    decode_lengths,
+    expect_lengths,
+    longest_sequence,
+    pages_of,
+)
 from dsa_bench.kernels.index_patterns import random_indices
-from dsa_bench.kernels.paging import make_block_table
+from dsa_bench.kernels.paging import make_ragged_block_table
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import EQUAL_LENGTHS, Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageSlotsShape:
+    """batch_size sequences, the longest of seq_len_kv tokens."""
+
     batch_size: int
     seq_len_kv: int
     topk: int = 2048
     seq_len_q: int = 1
     page_size: int = 64
+    lengths: str = EQUAL_LENGTHS
+    """A kind of `decode_lengths.py`."""
 
     def __post_init__(self) -> None:
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
+        expect_lengths(self)
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return decode_lengths(self)
 
     @property
     def max_pages(self) -> int:
         return -(-self.seq_len_kv // self.page_size)
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each sequence."""
+        return pages_of(self.seq_lens, self.page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +79,11 @@ class PageSlotsOutputs(NamedTuple):
 def make_inputs(shape: PageSlotsShape, *, seed: int, device: torch.device | str) -> PageSlotsInputs:
     """Random distinct positions in sequences whose pages are randomly permuted."""
     g = torch.Generator(device=device).manual_seed(seed)
-    rows = shape.batch_size * shape.seq_len_q
-    visible = torch.full((rows,), shape.seq_len_kv, device=device)
+    visible = torch.tensor(shape.seq_lens, device=device).repeat_interleave(shape.seq_len_q)
     indices = random_indices(visible, shape.seq_len_kv, shape.topk, g)
     return PageSlotsInputs(
         indices.view(shape.batch_size, shape.seq_len_q, shape.topk),
-        make_block_table(shape.batch_size, shape.max_pages, g),
+        make_ragged_block_table(shape.pages, g),
         shape.page_size,
     )
 
@@ -96,15 +117,16 @@ def check(
 
 
 def cost(shape: PageSlotsShape) -> Cost:
-    """Indices read, slots written, the block table once."""
+    """Indices read, slots written, the pages of the block table once."""
     entries = 4.0 * shape.batch_size * shape.seq_len_q * shape.topk
-    table = 4.0 * shape.batch_size * shape.max_pages
-    return Cost(flops=0.0, bytes_read=entries + table, bytes_written=entries)
+    return Cost(flops=0.0, bytes_read=entries + 4.0 * sum(shape.pages), bytes_written=entries)
 
 
 def memory(shape: PageSlotsShape) -> Memory:
-    need = cost(shape)
-    return Memory(input_bytes=int(need.bytes_read), output_bytes=int(need.bytes_written))
+    """Indices and a whole block table; slots."""
+    entries = 4 * shape.batch_size * shape.seq_len_q * shape.topk
+    table = 4 * shape.batch_size * shape.max_pages
+    return Memory(input_bytes=entries + table, output_bytes=entries)
 
 
 def shape_of(case: Case, preset: Preset) -> PageSlotsShape:
@@ -116,6 +138,7 @@ def shape_of(case: Case, preset: Preset) -> PageSlotsShape:
         topk=case.topk,
         seq_len_q=case.seq_len_q,
         page_size=preset.page_size,
+        lengths=case.lengths,
     )
 
 
@@ -123,7 +146,7 @@ OPERATOR = Operator(
     name="page_slots",
     summary="cache rows of the selected positions",
     phases=("decode",),
-    axes=frozenset({"topk", "batch_size"}),
+    axes=frozenset({"topk", "batch_size", "lengths"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -131,4 +154,5 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.batch_size,
+    always_checked=longest_sequence,
 )

@@ -15,13 +15,13 @@ Shapes:
     index_logits   [batch_size, seq_len_q, max_pages · page_size]   fp32
 
 Conventions: columns at and beyond seq_lens[b, j] are undefined (the reference holds -inf there).
-Entries of block_table beyond the last page of a sequence are never read; pages are not checked
-against num_pages.
+Entries of block_table beyond the last page of a sequence are never read (inputs hold -1 there);
+pages are not checked against num_pages.
 
 Source: DeepGEMM `fp8_paged_mqa_logits` with 2-D context_lens and clean_logits=False.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,12 @@ import torch
 from torch import Tensor
 
 from dsa_bench.accuracy import Check, compare_tensors, compare_to_budget
+from dsa_bench.kernels.decode_lengths import (
+    decode_lengths,
+    expect_lengths,
+    longest_sequence,
+    pages_of,
+)
 from dsa_bench.kernels.indexer import (
     logits_tolerance,
     make_index_vectors,
@@ -37,19 +43,19 @@ from dsa_bench.kernels.indexer import (
 )
 from dsa_bench.kernels.paging import (
     index_row_bytes,
-    make_block_table,
     make_cache,
+    make_ragged_block_table,
     pack_index_pages,
     unpack_index_pages,
 )
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import Case
+from dsa_bench.record import EQUAL_LENGTHS, Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PagedIndexerShape:
-    """batch_size sequences of context seq_len_kv, the seq_len_q new tokens counted in."""
+    """batch_size sequences, the longest of seq_len_kv tokens, the seq_len_q new ones counted in."""
 
     batch_size: int
     seq_len_kv: int
@@ -58,19 +64,32 @@ class PagedIndexerShape:
     index_dim: int = 128
     page_size: int = 64
     precision: str = "fp8"
+    lengths: str = EQUAL_LENGTHS
+    """A kind of `decode_lengths.py`."""
 
     def __post_init__(self) -> None:
         expect_new_tokens(self.seq_len_q, self.seq_len_kv)
+        expect_lengths(self)
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return decode_lengths(self)
 
     @property
     def max_pages(self) -> int:
         return -(-self.seq_len_kv // self.page_size)
 
     @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each sequence."""
+        return pages_of(self.seq_lens, self.page_size)
+
+    @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs: query j sees seq_len_kv - seq_len_q + j + 1 keys."""
-        n, m = self.seq_len_kv, self.seq_len_q
-        return self.batch_size * (m * (n - m) + m * (m + 1) // 2)
+        """Visible (query, key) pairs: of n keys query j sees n - seq_len_q + j + 1."""
+        m = self.seq_len_q
+        return sum(m * (n - m) + m * (m + 1) // 2 for n in self.seq_lens)
 
 
 def expect_new_tokens(seq_len_q: int, seq_len_kv: int) -> None:
@@ -105,33 +124,27 @@ def make_inputs(
         k = torch.randn(pages, shape.page_size, shape.index_dim, generator=g, device=device)
         return (pack_index_pages(k, shape.precision),)
 
-    (cache,) = make_cache(
-        shape.batch_size * shape.max_pages, shape.page_size, index_pages, device=device
-    )
+    (cache,) = make_cache(sum(shape.pages), shape.page_size, index_pages, device=device)
     dims = (shape.batch_size, shape.seq_len_q, shape.index_heads)
     q = torch.randn(*dims, shape.index_dim, generator=g, device=device)
     index_q, q_scale = make_index_vectors(q, shape.precision)
     weights = torch.randn(*dims, generator=g, device=device)
     scale = (shape.index_heads * shape.index_dim) ** -0.5
-    block_table = make_block_table(shape.batch_size, shape.max_pages, g)
+    block_table = make_ragged_block_table(shape.pages, g)
     return PagedIndexerInputs(
         index_q,
         cache,
         weights * q_scale * scale,
-        decode_lens(shape.batch_size, shape.seq_len_q, shape.seq_len_kv, device),
+        visible_keys(shape.seq_lens, shape.seq_len_q, device),
         block_table,
         shape.page_size,
     )
 
 
-def decode_lens(
-    batch_size: int, seq_len_q: int, seq_len_kv: int, device: torch.device | str
-) -> Tensor:
-    """[batch_size, seq_len_q] int32: the last query sees all keys, each before it one less."""
-    last = torch.arange(
-        seq_len_kv - seq_len_q + 1, seq_len_kv + 1, dtype=torch.int32, device=device
-    )
-    return last.expand(batch_size, seq_len_q).contiguous()
+def visible_keys(seq_lens: Sequence[int], seq_len_q: int, device: torch.device | str) -> Tensor:
+    """[sequences, seq_len_q] int32: the last query sees all keys, each before it one less."""
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    return lens[:, None] + torch.arange(1 - seq_len_q, 1, dtype=torch.int32, device=device)
 
 
 def reference(inputs: PagedIndexerInputs, *, rows: Tensor | None = None) -> PagedIndexerOutputs:
@@ -185,7 +198,7 @@ def cost(shape: PagedIndexerShape) -> Cost:
     """2 · index_heads · index_dim FLOP a visible pair; the keys of a sequence once."""
     element = 1 if shape.precision == "fp8" else 2
     queries = shape.batch_size * shape.seq_len_q * shape.index_heads
-    keys = shape.batch_size * shape.seq_len_kv
+    keys = sum(shape.seq_lens)
     return Cost(
         flops=2.0 * shape.index_heads * shape.index_dim * shape.pairs,
         bytes_read=queries * (shape.index_dim * element + 4.0)
@@ -195,14 +208,15 @@ def cost(shape: PagedIndexerShape) -> Cost:
 
 
 def memory(shape: PagedIndexerShape) -> Memory:
-    tokens = shape.batch_size * shape.max_pages * shape.page_size
+    """Keys in the pages of each sequence, logits in rows as wide as the longest."""
     element = 1 if shape.precision == "fp8" else 2
     queries = shape.batch_size * shape.seq_len_q * shape.index_heads
+    columns = shape.max_pages * shape.page_size
     return Memory(
-        input_bytes=tokens * index_row_bytes(shape.precision)
+        input_bytes=sum(shape.pages) * shape.page_size * index_row_bytes(shape.precision)
         + queries * (shape.index_dim * element + 4)
         + 4 * shape.batch_size * (shape.max_pages + shape.seq_len_q),
-        output_bytes=4 * tokens * shape.seq_len_q,
+        output_bytes=4 * shape.batch_size * shape.seq_len_q * columns,
     )
 
 
@@ -215,6 +229,7 @@ def shape_of(case: Case, preset: Preset) -> PagedIndexerShape:
         index_dim=preset.index_dim,
         page_size=preset.page_size,
         precision=case.precision,
+        lengths=case.lengths,
     )
 
 
@@ -222,7 +237,7 @@ OPERATOR = Operator(
     name="paged_indexer",
     summary="index logits of new tokens over a paged key cache",
     phases=("decode",),
-    axes=frozenset({"precision", "batch_size"}),
+    axes=frozenset({"precision", "batch_size", "lengths"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -230,4 +245,5 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.batch_size,
+    always_checked=longest_sequence,
 )

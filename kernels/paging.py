@@ -18,7 +18,7 @@ Source: FlashMLA flash_mla_interface.py and tests/quant.py (656 bytes); DeepGEMM
 tests/test_attention.py (132 bytes).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +123,23 @@ def _dtype(precision: str) -> torch.dtype:
 
 def make_block_table(batch_size: int, max_pages: int, generator: torch.Generator) -> Tensor:
     """A random permutation of pages: [batch_size, max_pages] int32, no page used twice."""
-    pages = torch.randperm(batch_size * max_pages, generator=generator, device=generator.device)
-    return pages.to(torch.int32).view(batch_size, max_pages)
+    return make_ragged_block_table((max_pages,) * batch_size, generator)
+
+
+def make_ragged_block_table(num_pages: Sequence[int], generator: torch.Generator) -> Tensor:
+    """The same for sequences of so many pages, as wide as the most; behind the last page -1."""
+    pages = torch.randperm(sum(num_pages), generator=generator, device=generator.device)
+    return fill_block_table(pages, num_pages)
+
+
+def fill_block_table(pages: Tensor, num_pages: Sequence[int]) -> Tensor:
+    """[sequences, max_pages] int32: the first num_pages[0] of `pages`, then those of the next, …;
+    -1 behind the last page of a sequence."""
+    counts = torch.tensor(num_pages, device=pages.device)
+    is_used = torch.arange(max(num_pages), device=pages.device) < counts[:, None]
+    table = torch.full(is_used.shape, -1, dtype=torch.int32, device=pages.device)
+    table[is_used] = pages.to(torch.int32)
+    return table
 
 
 def make_cache(

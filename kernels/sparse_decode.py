@@ -23,6 +23,8 @@ Source: FlashMLA `flash_mla_with_kvcache` with is_fp8_kvcache and indices. Diffe
 invalid there, a larger slot is a wild read; lse is [batch, heads, seq_len_q] there.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,6 +43,12 @@ from dsa_bench.kernels.attention import (
     budget_checks,
     row_chunk,
 )
+from dsa_bench.kernels.decode_lengths import (
+    decode_lengths,
+    expect_lengths,
+    longest_sequence,
+    pages_of,
+)
 from dsa_bench.kernels.decode_splits import MAX_SPLITS, PARTIAL_ROWS
 from dsa_bench.kernels.index_patterns import expect_pattern, listed_keys, make_indices
 from dsa_bench.kernels.paged_indexer import expect_new_tokens
@@ -56,12 +64,13 @@ from dsa_bench.kernels.paging import (
 from dsa_bench.kernels.sparse_prefill import make_attention_tensor
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
 from dsa_bench.preset import Preset
-from dsa_bench.record import RANDOM_INPUTS, Case
+from dsa_bench.record import EQUAL_LENGTHS, RANDOM_INPUTS, Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseDecodeShape:
-    """Each of seq_len_q queries of a sequence of seq_len_kv tokens selects topk rows of it."""
+    """Each of seq_len_q queries selects topk rows of its sequence, or all where it has fewer; the
+    longest sequence has seq_len_kv tokens."""
 
     batch_size: int
     seq_len_kv: int
@@ -73,39 +82,57 @@ class SparseDecodeShape:
     sm_scale: float = Preset(name="").sm_scale
     inputs: str = RANDOM_INPUTS
     """Which keys the queries list: a pattern of `index_patterns.py`."""
+    lengths: str = EQUAL_LENGTHS
+    """A kind of `decode_lengths.py`."""
 
     def __post_init__(self) -> None:
         expect_new_tokens(self.seq_len_q, self.seq_len_kv)
         if self.topk > self.seq_len_kv:
             raise Unsupported(f"topk {self.topk} is more than the {self.seq_len_kv} keys there are")
+        expect_lengths(self)
         expect_pattern(
             self.inputs,
-            first_visible=self.seq_len_kv,
+            first_visible=min(self.seq_lens),
             topk=self.topk,
             num_queries=self.seq_len_q,
         )
 
     @property
-    def max_pages(self) -> int:
-        return -(-self.seq_len_kv // self.page_size)
+    def seq_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        return decode_lengths(self)
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Pages of each sequence."""
+        return pages_of(self.seq_lens, self.page_size)
 
     @property
     def queries(self) -> int:
         return self.batch_size * self.seq_len_q
 
     @property
-    def listed_keys(self) -> float:
-        """Different keys that the q = seq_len_q queries of a sequence of L tokens list together.
+    def pairs(self) -> int:
+        """(query, key) pairs that are listed."""
+        return self.seq_len_q * sum(min(self.topk, n) for n in self.seq_lens)
 
-        Where they list k of them independently, L · (1 - (1 - k/L)^q) on average; with q = 1 k.
+    @property
+    def listed_keys(self) -> float:
+        """Different keys that the queries of the whole batch list."""
+        return sum(count * self._listed_of(n) for n, count in Counter(self.seq_lens).items())
+
+    def _listed_of(self, num_keys: int) -> float:
+        """Different ones that the q = seq_len_q queries of a sequence of n keys list together.
+
+        Where they list k of them independently, n · (1 - (1 - k/n)^q) on average; with q = 1 k.
         """
         if self.inputs == RANDOM_INPUTS:
-            unread = (1.0 - self.topk / self.seq_len_kv) ** self.seq_len_q
-            return self.seq_len_kv * (1.0 - unread)
+            unread = (1.0 - min(self.topk, num_keys) / num_keys) ** self.seq_len_q
+            return num_keys * (1.0 - unread)
         return listed_keys(
             self.inputs,
-            first_visible=self.seq_len_kv,
-            last_visible=self.seq_len_kv,
+            first_visible=num_keys,
+            last_visible=num_keys,
             topk=self.topk,
             num_queries=self.seq_len_q,
         )
@@ -136,18 +163,29 @@ def make_inputs(
         kv = make_attention_tensor(pages, shape.page_size, HEAD_DIM_QK, generator=g)
         return (pack_mla_rows(kv, shape.precision),)
 
-    (cache,) = make_cache(
-        shape.batch_size * shape.max_pages, shape.page_size, latent_pages, device=device
-    )
+    (cache,) = make_cache(sum(shape.pages), shape.page_size, latent_pages, device=device)
     q = make_attention_tensor(
         shape.batch_size, shape.seq_len_q, shape.num_heads, HEAD_DIM_QK, generator=g
     )
-    visible = torch.full((shape.queries,), shape.seq_len_kv, device=device)
-    positions = make_indices(shape.inputs, visible, shape.seq_len_kv, shape.topk, g)
-    first_slot = torch.arange(shape.batch_size, device=device, dtype=torch.int32)
-    first_slot *= shape.max_pages * shape.page_size
-    slots = positions.view(shape.batch_size, shape.seq_len_q, -1) + first_slot[:, None, None]
+    positions = _list_positions(shape, g).view(shape.batch_size, shape.seq_len_q, -1)
+    first_page = torch.tensor([0, *itertools.accumulate(shape.pages)][:-1], dtype=torch.int32)
+    first_slot = (first_page * shape.page_size).to(device)[:, None, None]
+    slots = torch.where(positions < 0, positions, positions + first_slot)
     return SparseDecodeInputs(q, cache, slots, shape.sm_scale)
+
+
+def _list_positions(shape: SparseDecodeShape, generator: torch.Generator) -> Tensor:
+    """[queries, topk] int32, each row below the length of its sequence; -1 where that is short."""
+
+    def listed(num_keys: int, rows: int) -> Tensor:
+        visible = torch.full((rows,), num_keys, device=generator.device)
+        room = max(num_keys, shape.topk)
+        return make_indices(shape.inputs, visible, room, shape.topk, generator)
+
+    if shape.lengths == EQUAL_LENGTHS:
+        return listed(shape.seq_len_kv, shape.queries)
+    # a pattern is drawn over the keys of one sequence
+    return torch.cat([listed(n, shape.seq_len_q) for n in shape.seq_lens])
 
 
 def reference(inputs: SparseDecodeInputs, *, rows: Tensor | None = None) -> SparseDecodeOutputs:
@@ -243,17 +281,16 @@ def check_arguments(
 def cost(shape: SparseDecodeShape) -> Cost:
     """2 · num_heads · (576 + 512) FLOP a selected row; rows listed often are read once."""
     heads = shape.queries * shape.num_heads
-    entries = shape.queries * shape.topk
-    row_bytes = shape.batch_size * shape.listed_keys * mla_row_bytes(shape.precision)
+    row_bytes = shape.listed_keys * mla_row_bytes(shape.precision)
     return Cost(
-        flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * entries,
-        bytes_read=2.0 * heads * HEAD_DIM_QK + row_bytes + 4.0 * entries,
+        flops=2.0 * shape.num_heads * (HEAD_DIM_QK + HEAD_DIM_V) * shape.pairs,
+        bytes_read=2.0 * heads * HEAD_DIM_QK + row_bytes + 4.0 * shape.queries * shape.topk,
         bytes_written=heads * (2.0 * HEAD_DIM_V + 4.0),
     )
 
 
 def memory(shape: SparseDecodeShape) -> Memory:
-    tokens = shape.batch_size * shape.max_pages * shape.page_size
+    tokens = sum(shape.pages) * shape.page_size
     heads = shape.queries * shape.num_heads
     return Memory(
         input_bytes=tokens * mla_row_bytes(shape.precision)
@@ -277,6 +314,7 @@ def shape_of(case: Case, preset: Preset) -> SparseDecodeShape:
         precision=case.precision,
         sm_scale=preset.sm_scale,
         inputs=case.inputs,
+        lengths=case.lengths,
     )
 
 
@@ -284,7 +322,7 @@ OPERATOR = Operator(
     name="sparse_decode",
     summary="multi-query attention of new tokens over selected rows of a paged cache",
     phases=("decode",),
-    axes=frozenset({"topk", "precision", "batch_size", "num_heads", "inputs"}),
+    axes=frozenset({"topk", "precision", "batch_size", "lengths", "num_heads", "inputs"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -292,5 +330,6 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.batch_size,
+    always_checked=longest_sequence,
     finite=("out",),
 )

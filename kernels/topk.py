@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dsa_bench.accuracy import Check, shape_differs
 from dsa_bench.kernels import page_slots
+from dsa_bench.kernels.decode_lengths import decode_lengths, expect_lengths
 from dsa_bench.kernels.indexer import causal_range
 from dsa_bench.kernels.paging import Pages
 from dsa_bench.operator import Cost, Memory, Operator, Unsupported
@@ -52,6 +53,8 @@ class TopkShape:
     valid: int
     logits: str = "fp32"
     """Their type: fp32 or bf16."""
+    row_ends: tuple[int, ...] = ()
+    """kv_end of each row; empty: of a causal chunk, or num_cols where all columns are valid."""
 
     def __post_init__(self) -> None:
         if self.topk > self.num_cols:
@@ -83,12 +86,15 @@ class TopkOutputs(NamedTuple):
 
 
 def make_inputs(shape: TopkShape, *, seed: int, device: torch.device | str) -> TopkInputs:
-    """Gaussian logits; rows are valid as in a causal chunk, or wholly if `valid` says so."""
+    """Gaussian logits; rows are valid up to `row_ends`, as in a causal chunk, or wholly."""
     g = torch.Generator(device=device).manual_seed(seed)
     logits = torch.randn(shape.num_rows, shape.num_cols, generator=g, device=device)
     logits = logits.to(LOGITS[shape.logits])
-    if shape.valid == shape.num_rows * shape.num_cols:
-        kv_end = torch.full((shape.num_rows,), shape.num_cols, dtype=torch.int32, device=device)
+    ends = shape.row_ends
+    if not ends and shape.valid == shape.num_rows * shape.num_cols:
+        ends = (shape.num_cols,) * shape.num_rows
+    if ends:
+        kv_end = torch.tensor(ends, dtype=torch.int32, device=device)
         return TopkInputs(logits, torch.zeros_like(kv_end), kv_end, shape.topk)
     return TopkInputs(logits, *causal_range(shape.num_rows, shape.num_cols, device), shape.topk)
 
@@ -215,26 +221,42 @@ def memory(shape: TopkShape) -> Memory:
 
 
 def shape_of(case: Case, preset: Preset) -> TopkShape:
-    """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q whole rows."""
+    """Prefill: a causal chunk of seq_len_q rows. Decode: batch_size · seq_len_q rows, each valid up
+    to the length of its sequence."""
     if case.topk is None:
         raise Unsupported("topk has no value (pass -k)")
     if case.seq_len_q > case.seq_len_kv:
         raise Unsupported(f"seq_len_q {case.seq_len_q} is more than L {case.seq_len_kv}")
+    expect_lengths(case)
     if case.phase == "prefill":
         before = case.seq_len_kv - case.seq_len_q
         rows = case.seq_len_q
         valid = rows * before + rows * (rows + 1) // 2
-    else:
-        rows = case.batch_size * case.seq_len_q
-        valid = rows * case.seq_len_kv
-    return TopkShape(num_rows=rows, num_cols=case.seq_len_kv, topk=case.topk, valid=valid)
+        return TopkShape(num_rows=rows, num_cols=case.seq_len_kv, topk=case.topk, valid=valid)
+    ends = tuple(n for n in decode_lengths(case) for _ in range(case.seq_len_q))
+    return TopkShape(
+        num_rows=len(ends),
+        num_cols=case.seq_len_kv,
+        topk=case.topk,
+        valid=sum(ends),
+        row_ends=ends,
+    )
+
+
+def longest_rows(shape: TopkShape) -> tuple[int, ...]:
+    """The rows of the longest sequence of a batch; none where all are alike."""
+    ends = shape.row_ends
+    if len(set(ends)) < 2:
+        return ()
+    longest = max(ends)
+    return tuple(row for row, end in enumerate(ends) if end == longest)
 
 
 OPERATOR = Operator(
     name="topk",
     summary="columns of the k largest index logits of each row",
     phases=("prefill", "decode"),
-    axes=frozenset({"topk", "batch_size"}),
+    axes=frozenset({"topk", "batch_size", "lengths"}),
     shape=shape_of,
     make_inputs=make_inputs,
     reference=reference,
@@ -242,4 +264,5 @@ OPERATOR = Operator(
     cost=cost,
     memory=memory,
     num_rows=lambda shape: shape.num_rows,
+    always_checked=longest_rows,
 )

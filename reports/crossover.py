@@ -8,7 +8,7 @@ from numbers import Real
 import pandas as pd
 
 from dsa_bench.contest import CONTESTS, SPARSE, SPARSE_BESIDE, Contest
-from dsa_bench.record import AUTO_MODE, RANDOM_INPUTS
+from dsa_bench.record import AUTO_MODE, EQUAL_LENGTHS, RANDOM_INPUTS
 from dsa_bench.reports import beside, frame, naming
 from dsa_bench.reports.units import format_length, format_ratio
 
@@ -234,6 +234,7 @@ def choose(found: Sequence[Crossover]) -> Crossover | None:
             compared,
             _mode_rank(c),
             c.axes["inputs"] == RANDOM_INPUTS,
+            c.axes["lengths"] == EQUAL_LENGTHS,
             # the masked form is one for short prompts
             c.axes["op"] != "masked_layer",
             -_number(c.axes["tensor_parallel"]),
@@ -263,7 +264,7 @@ def _number(value: object) -> float:
 def describe(crossover: Crossover) -> str:
     """`k=2048, fp8`, and what was asked for beyond the defaults: the line of a sentence."""
     defaults: dict[str, object] = {"tensor_parallel": 1, "inputs": RANDOM_INPUTS, "weights": ""}
-    defaults |= {"asked_mode": AUTO_MODE}
+    defaults |= {"lengths": EQUAL_LENGTHS, "asked_mode": AUTO_MODE}
     told = ["topk", "precision", *(a for a, d in defaults.items() if crossover.axes[a] != d)]
     return ", ".join(t for a in told if (t := naming.axis_text(a, crossover.axes[a])))
 

@@ -30,7 +30,7 @@ DEFAULT_LINK_GBPS = 450.0
 BF16_BYTES = 2
 KINK = 8192
 """Above this L the cost of V3.2 is straight: k tokens are selected from more than them."""
-SHARED_AXES = ("batch_size", "chunk", "inputs", "weights", "seed", "asked_mode")
+SHARED_AXES = ("batch_size", "lengths", "chunk", "inputs", "weights", "seed", "asked_mode")
 """What a sparse line and its dense opponents have in common beside run, phase and ranks."""
 
 

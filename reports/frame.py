@@ -25,6 +25,7 @@ AXES = (
     "topk",
     "precision",
     "batch_size",
+    "lengths",
     "num_heads",
     "tensor_parallel",
     "chunk",
@@ -38,7 +39,7 @@ AXES = (
 CASE_COLUMNS = (
     *("run", "run_label", "machine", "device", "started", "gpu_hour_usd", "key"),
     *("contest", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "chunk", "topk", "precision"),
-    *("batch_size", "num_heads", "tensor_parallel", "inputs", "weights"),
+    *("batch_size", "lengths", "num_heads", "tensor_parallel", "inputs", "weights"),
     *("preset", "seed", "asked_mode", "status", "reason"),
     *("flags", "doubt", "replicates"),
     *("mode", "samples", "stop", "seconds", "seconds_low", "seconds_high", "joules_per_call"),

@@ -290,7 +290,7 @@ def _lost(report: Digest) -> list[dict[str, Any]]:
     return [
         row
         | {
-            "where": f"{row['op']} {row['impl']} {row['precision']}",
+            "where": " ".join((row["op"], row["impl"], row["precision"], *naming.unusual(row))),
             "L": units.format_length(row["seq_len_kv"]),
         }
         for row in rows

@@ -15,18 +15,20 @@ import pandas as pd
 
 from dsa_bench.reports import frame, hostile, units
 from dsa_bench.reports.digest import Digest
-from dsa_bench.reports.naming import impl_text
+from dsa_bench.reports.naming import UNSAID, impl_text
 from dsa_bench.reports.sheet import Sheet
 
 SHAPE = (
     *("run", "op", "phase", "seq_len_kv", "seq_len_q", "topk", "precision", "batch_size"),
-    *("num_heads", "tensor_parallel", "inputs", "weights", "preset", "seed", "asked_mode"),
+    *("lengths", "num_heads", "tensor_parallel", "inputs", "weights", "preset", "seed"),
+    "asked_mode",
 )
 """What the competitors have in common."""
 TOLD = {"run_label": "run", "phase": "phase", "seq_len_kv": "L", "seq_len_q": "queries",
-        "topk": "k", "precision": "precision", "batch_size": "batch", "num_heads": "heads",
-        "tensor_parallel": "tp", "inputs": "inputs", "asked_mode": "mode"}  # fmt: skip
-"""Columns that a ranking is told apart by; one that never changes is left out."""
+        "topk": "k", "precision": "precision", "batch_size": "batch", "lengths": "lengths",
+        "num_heads": "heads", "tensor_parallel": "tp", "inputs": "inputs",
+        "asked_mode": "mode"}  # fmt: skip
+"""Columns that a ranking is told apart by; one that never changes, or is UNSAID, is left out."""
 ALWAYS = ("phase", "seq_len_kv")
 
 
@@ -167,7 +169,8 @@ def _flaw_notes(found: tuple[Ranking, ...]) -> list[str]:
 
 
 def _differs(found: tuple[Ranking, ...], name: str) -> bool:
-    return len({str(ranking.row[name]) for ranking in found}) > 1
+    values = {str(ranking.row[name]) for ranking in found}
+    return len(values) > 1 or (name in UNSAID and values != {UNSAID[name]})
 
 
 def _row(ranking: Ranking, told: list[str], most: int, has_others: bool) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from dsa_bench.reports.metrics import SHAPE
 MAX_LINES = 8
 """More lines than this are hard to tell apart: the figure is split."""
 SPLIT_ORDER = (
-    *("preset", "weights", "num_heads", "tensor_parallel", "chunk", "inputs", "batch_size"),
-    *("seed", "asked_mode"),
+    *("preset", "weights", "num_heads", "tensor_parallel", "chunk", "inputs", "lengths"),
+    *("batch_size", "seed", "asked_mode"),
 )
 """Axes by which a figure is split, the first that varies first; run, phase and contest always."""
 PANEL_AXES = ("run_label", *SPLIT_ORDER)
@@ -157,7 +157,11 @@ def _panel(rows: pd.DataFrame, everything: pd.DataFrame) -> Panel:
     contest = str(rows["contest"].iloc[0])
     # a title names what tells this figure from the others, and the batch, which a time needs
     of_phase = everything[(everything["phase"] == phase) & (everything["contest"] == contest)]
-    telling = [a for a in fixed if of_phase[a].nunique() > 1]
+    telling = [
+        a
+        for a in fixed
+        if of_phase[a].nunique() > 1 or (a in naming.UNSAID and fixed[a] != naming.UNSAID[a])
+    ]
     if "run_label" not in telling and everything["run_label"].nunique() > 1:
         telling.insert(0, "run_label")
     if phase == "decode" and "batch_size" in fixed and "batch_size" not in telling:

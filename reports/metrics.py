@@ -13,7 +13,7 @@ from dsa_bench.preset import PRESETS
 from dsa_bench.reports import frame
 
 SHAPE = (
-    *("run", "contest", "phase", "seq_len_kv", "seq_len_q", "batch_size", "num_heads"),
+    *("run", "contest", "phase", "seq_len_kv", "seq_len_q", "batch_size", "lengths", "num_heads"),
     *("tensor_parallel", "inputs", "weights", "preset", "asked_mode"),
 )
 """A dense case is the opponent of a sparse one if these agree; ratios count only within one run."""

@@ -1,9 +1,10 @@
 """What sentences and labels call the operators that are compared, and the axes of a case."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dsa_bench.contest import ATTENTION, CONTEST_OF, LAYER
-from dsa_bench.record import AUTO_MODE
+from dsa_bench.record import AUTO_MODE, EQUAL_LENGTHS
 
 OPERATORS = {
     "dsa": "DSA",
@@ -20,6 +21,8 @@ DENSE_BESIDE = {ATTENTION.name: "dense attention in FP8"}
 """Contest -> what is shown beside the opponent, in a sentence."""
 SPARSE_BESIDE = {"dsa_fp8": "attention in FP8 too"}
 """Sparse operator that is shown beside the one of the headline -> what it has besides."""
+UNSAID = {"lengths": EQUAL_LENGTHS}
+"""Axis -> the value that goes without saying: another is named even where all cases have it."""
 MAX_PARTS = 4
 """Stages of a composition that are all named."""
 
@@ -46,6 +49,11 @@ def impl_text(impl: str) -> str:
     return impl if len(parts) <= MAX_PARTS else "+".join(dict.fromkeys(parts))
 
 
+def unusual(row: Mapping[str, Any]) -> list[str]:
+    """The axes of a case whose value does not go without saying."""
+    return [axis_text(axis, row[axis]) for axis, usual in UNSAID.items() if row[axis] != usual]
+
+
 def axis_text(axis: str, value: Any) -> str:
     """What a label or a title says of the value of an axis; empty where there is none."""
     if value is None or value != value:
@@ -61,6 +69,8 @@ def axis_text(axis: str, value: Any) -> str:
             return f"k={value:.0f}"
         case "batch_size":
             return f"batch {value}"
+        case "lengths":
+            return f"{value} lengths"
         case "num_heads":
             return f"{value} heads"
         case "tensor_parallel":

@@ -119,9 +119,9 @@ def _speedup(row: Row, case: Case, cases: Mapping[str, Case], rows: Mapping[str,
 
 
 def _shape(case: Case) -> tuple[Any, ...]:
-    lengths = (case.seq_len_kv, case.seq_len_q, case.batch_size, case.num_heads)
+    sizes = (case.seq_len_kv, case.seq_len_q, case.batch_size, case.lengths, case.num_heads)
     ranks = (case.tensor_parallel, case.inputs, case.weights)
-    return (case.phase, *lengths, *ranks, case.preset, case.mode)
+    return (case.phase, *sizes, *ranks, case.preset, case.mode)
 
 
 def _floor(

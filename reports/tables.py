@@ -77,6 +77,8 @@ COLUMNS = (
     Column(name="seq_len_kv", title="L", text=units.format_length, help="1K = 1024 tokens"),
     Column(name="topk", title="k", text=units.format_number, help="tokens selected"),
     Column(name="batch_size", title="batch", text=units.format_number, optional=True),
+    Column(name="lengths", title="lengths", text=_plain, is_number=False, optional=True,
+           help="of the sequences of a batch; L is the longest"),
     Column(name="seq_len_q", title="queries", text=units.format_number, optional=True),
     Column(name="num_heads", title="heads", text=units.format_number, optional=True),
     Column(name="tensor_parallel", title="tp", text=units.format_number, optional=True,
@@ -114,14 +116,15 @@ COLUMNS = (
 
 TERMINAL_COLUMNS = (
     *("run_label", "preset", "op", "impl", "precision", "seq_len_kv", "topk", "batch_size"),
-    *("num_heads", "tensor_parallel", "inputs", "mode", "status", "seconds", "spread", "speedup"),
+    *("lengths", "num_heads", "tensor_parallel", "inputs", "mode", "status", "seconds", "spread"),
+    "speedup",
     *("usd_per_million_tokens", "joules_per_token", "flops_per_second", "bytes_per_second"),
     *("peak_bytes", "reason"),
 )
 
 CSV_COLUMNS = (
     *("run_label", "started", "op", "impl", "phase", "seq_len_kv", "seq_len_q", "topk"),
-    *("precision", "batch_size", "num_heads", "tensor_parallel", "inputs", "weights"),
+    *("precision", "batch_size", "lengths", "num_heads", "tensor_parallel", "inputs", "weights"),
     *("preset", "seed", "asked_mode", "status", "reason"),
     *(
         "flags",
@@ -187,12 +190,13 @@ def with_spread(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def sorted_cases(cases: pd.DataFrame) -> pd.DataFrame:
-    """By phase, L and batch, layers last; dense before sparse, then the fast before the slow."""
+    """By phase, L, batch and lengths, layers last; dense before sparse, then fast before slow."""
     ranked = cases.assign(
         phase_rank=cases["phase"].map(PHASE_RANKS).fillna(len(PHASE_RANKS)),
         is_layer=cases["contest"] == LAYER.name,
     )
-    order = ["run", "phase_rank", "is_layer", "seq_len_kv", "batch_size", "op", "topk", "seconds"]
+    place = ["run", "phase_rank", "is_layer", "seq_len_kv", "batch_size", "lengths"]
+    order = [*place, "op", "topk", "seconds"]
     return cases.loc[ranked.sort_values(order, kind="stable").index]
 
 
@@ -205,6 +209,8 @@ def visible_columns(rows: pd.DataFrame, names: Sequence[str]) -> tuple[Column, .
 
 
 def _tells(name: str, values: pd.Series) -> bool:
+    if name in naming.UNSAID:
+        return bool((values != naming.UNSAID[name]).any())
     present = values[values.notna() & (values != "")]
     return present.nunique() > (1 if name in TELLING_IF_VARIED else 0)
 

@@ -20,11 +20,11 @@ def prefill_shape(seq_len_q: int, seq_len_kv: int, num_heads: int = 3) -> DenseA
 
 
 def decode_shape(
-    batch_size: int, seq_len_q: int, seq_len_kv: int, num_heads: int = 3
+    batch_size: int, seq_len_q: int, seq_len_kv: int, num_heads: int = 3, lengths: str = "equal"
 ) -> DenseAttentionShape:
     return DenseAttentionShape(
         phase="decode", batch_size=batch_size, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv,
-        num_heads=num_heads, head_dim_qk=576, head_dim_v=512,
+        num_heads=num_heads, head_dim_qk=576, head_dim_v=512, lengths=lengths,
     )  # fmt: skip
 
 

@@ -45,8 +45,11 @@ def call(
     """Runs a command in an empty folder, with fake operators, workers and reports."""
     catalogue = registry.Catalogue(
         operators={way: operator(way, "topk") for way in WAYS}
-        | {"layer": operator("layer", "tensor_parallel", "inputs", "weights")},
-        implementations={way: offer(reference=-1000, triton=1) for way in (*WAYS, "layer")},
+        | {"layer": operator("layer", "tensor_parallel", "inputs", "weights")}
+        | {"batch": operator("batch", "batch_size", "lengths")},
+        implementations={
+            way: offer(reference=-1000, triton=1) for way in (*WAYS, "layer", "batch")
+        },
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "catalogue", lambda: catalogue)
@@ -330,6 +333,8 @@ def test_profile_asks_for_traces_of_a_few_cases(call: Call, tmp_path: Path) -> N
         (("run", "--op", "fine", "-L", "4k:8k"), "-L must be sizes like 4k,8k or a range"),
         (("run", "--op", "fine", "--impl", "trition"), "implementation 'trition' is unknown; did"),
         (("run", "--inputs", "nedle"), "--inputs 'nedle' is unknown; did you mean 'needle'?"),
+        (("run", "--lengths", "onelong"), "--lengths 'onelong' is unknown; did you mean 'one-long"),
+        (("check", "--lengths", "4k"), "--lengths '4k' is unknown; known: equal, spread, one-long"),
         (("run", "--inputs", "x.safetensors"), "--inputs: there is no file x.safetensors (give"),
         (("check", "--weights", "x.safetensors:1"), "--weights: there is no file x.safetensors"),
         (("profile", "--tp", "two"), "--tp must be sizes like 4k,8k or a range"),
@@ -453,6 +458,27 @@ def test_ranks_inputs_and_weights_reach_the_plan(call: Call, tmp_path: Path) -> 
         assert Case.from_json(json.loads(line)["case"]) == case
 
 
+def test_lengths_reach_the_plan_of_decode(call: Call) -> None:
+    words = ("run", "--op", "batch", "-L", "4k", "--batch", "2,8", "--lengths", "equal,spread")
+    for verb in ("run", "profile", "check"):
+        assert "--lengths LIST" in call(verb, "--help")[1]
+    lines = call(*words, "--plan", "--json")[1].splitlines()
+    cases = [Case.from_json(json.loads(text)["case"]) for text in lines]
+    assert [(c.phase, c.batch_size, c.lengths) for c in cases] == [
+        ("prefill", 1, "equal"),
+        ("decode", 2, "equal"),
+        ("decode", 2, "spread"),
+        ("decode", 8, "equal"),
+        ("decode", 8, "spread"),
+    ]
+    assert call(*words, "--plan")[1].count("lengths=spread") == 2
+    for case in cases:
+        _, *again = shlex.split(sweep.reproduce(case, device="cpu"))
+        assert ("--lengths" in again) == (case.lengths != "equal")
+        (line,) = call(*again, "--plan", "--json")[1].splitlines()
+        assert Case.from_json(json.loads(line)["case"]) == case
+
+
 def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
     return subprocess.run(
@@ -496,6 +522,34 @@ def test_tiny_sweep_end_to_end(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(folder / "report.html")
     assert "\x1b" not in done.stdout + done.stderr
     assert any(line.startswith("On ") and "DSA" in line for line in done.stdout.splitlines())
+
+
+def test_ragged_batch_end_to_end(tmp_path: Path) -> None:
+    """The real operators, by their references: reports say the lengths, and verify agrees."""
+    folder = tmp_path / "r"
+    words = ("--phase", "decode", "-L", "256", "-k", "64", "--batch", "1,3", "--device", "cpu")
+    done = python(
+        "-m", "dsa_bench", "run", "--preset", "v3.2-cpu", "--lengths", "one-long", *words,
+        "-o", str(folder),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = read_run(folder)
+    ended = {(r.case.op, r.case.batch_size, r.status) for r in run.records}
+    assert ended == {
+        (op, *end) for op in ("dsa", "dense_attention") for end in ((1, "skipped"), (3, "ok"))
+    }
+    skipped = {r.reason for r in run.records if r.status == "skipped"}
+    assert skipped == {
+        "lengths one-long need a batch of 2 sequences or more, this case has 1"
+        " (pass --batch, or --lengths equal)"
+    }
+    # one sequence of 256 keys, two of 8: 272 pairs of 16 heads
+    (dense,) = [r for r in run.records if (r.case.op, r.status) == ("dense_attention", "ok")]
+    assert dense.cost["flops"] == 2 * 16 * (576 + 512) * 272
+    for name in ("report.md", "report.csv", "report.html"):
+        assert "one-long" in (folder / name).read_text(encoding="utf-8")
+    assert "lengths" in done.stdout and "one-long" in done.stdout
+    assert python("-m", "dsa_bench", "verify", str(folder)).returncode == 0
 
 
 def call_json(*words: str) -> Any:

@@ -5,6 +5,7 @@ that a wrong order, a missing transpose or a lost argument is a wrong number her
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,11 +57,17 @@ class FakeFlashMla:
         self, q, cache, d_v, seq_lens, block_table, sm_scale, causal, metadata, splits
     ):
         assert causal and cache.shape[1:3] == (64, 1)
-        kv = cache[block_table.long()].flatten(1, 3)
-        assert seq_lens.tolist() == [kv.shape[1]] * kv.shape[0]
-        inputs = dense_attention.DenseDecodeInputs(q, kv, sm_scale, d_v)
-        out, lse = dense_attention.reference(inputs)
-        return out, lse.transpose(1, 2), "made", "splits"
+        assert seq_lens.dtype == block_table.dtype == torch.int32
+        self.schedules_seen.append(metadata)
+        parts = []
+        for query, row, length in zip(q, block_table, seq_lens.tolist(), strict=True):
+            pages = row[: -(-length // 64)].long()
+            assert (pages >= 0).all()
+            kv = cache[pages].flatten(0, 2)[:length]
+            one = dense_attention.DenseDecodeInputs(query[None], kv[None], sm_scale, d_v)
+            parts.append(dense_attention.reference(one))
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse.transpose(1, 2), f"made for {seq_lens.tolist()}", "splits"
 
 
 @pytest.fixture(params=[2.0, math.e])
@@ -122,18 +129,27 @@ def test_flash_mla_decode_makes_a_schedule_for_lengths_each_time(fake_mla) -> No
 
 @pytest.mark.parametrize("seq_len_q", [1, 3])
 def test_flash_mla_dense_decode(fake_mla, seq_len_q: int) -> None:
-    shape = dense_attention.DenseAttentionShape(
-        phase="decode",
-        seq_len_q=seq_len_q,
-        seq_len_kv=192,
-        batch_size=2,
-        num_heads=4,
-        head_dim_qk=576,
-        head_dim_v=512,
-    )
-    inputs = dense_attention.make_inputs(shape, seed=5, device="cpu")
-    outputs = flash_mla.dense_decode(inputs)
-    assert all(c.passed for c in dense_attention.check(inputs, outputs))
+    """A schedule is that of a shape and its lengths."""
+    kinds = [("equal", 192), ("spread", 192), ("one-long", 192), ("spread", 131)]
+    wanted = []
+    for lengths, seq_len_kv in kinds * 2:
+        shape = dense_attention.DenseAttentionShape(
+            phase="decode",
+            seq_len_q=seq_len_q,
+            seq_len_kv=seq_len_kv,
+            batch_size=3,
+            num_heads=4,
+            head_dim_qk=576,
+            head_dim_v=512,
+            lengths=lengths,
+        )
+        inputs = dense_attention.make_inputs(shape, seed=5, device="cpu")
+        outputs = flash_mla.dense_decode(inputs)
+        assert all(c.passed for c in dense_attention.check(inputs, outputs))
+        wanted.append(f"made for {list(shape.seq_lens)}")
+    assert len(set(wanted)) == 4
+    # the first calls have none, the second ones their own
+    assert fake_mla.schedules_seen == [None] * 4 + wanted[4:]
 
 
 def test_flash_mla_says_what_it_cannot_take(monkeypatch) -> None:
@@ -148,9 +164,14 @@ def test_flash_mla_says_what_it_cannot_take(monkeypatch) -> None:
         shape = sparse_decode.SparseDecodeShape(batch_size=1, seq_len_kv=4096, **sizes)
         return by_op["sparse_decode"].supports(shape, HOPPER)
 
-    def dense(phase: str, seq_len_kv: int) -> str | None:
+    def dense(phase: str, seq_len_kv: int, **batch: Any) -> str | None:
         shape = dense_attention.DenseAttentionShape(
-            phase=phase, seq_len_q=1, seq_len_kv=seq_len_kv, head_dim_qk=576, head_dim_v=512
+            phase=phase,
+            seq_len_q=1,
+            seq_len_kv=seq_len_kv,
+            head_dim_qk=576,
+            head_dim_v=512,
+            **batch,
         )
         return by_op["dense_attention"].supports(shape, HOPPER)
 
@@ -162,6 +183,8 @@ def test_flash_mla_says_what_it_cannot_take(monkeypatch) -> None:
     assert "pages of 64" in str(decode(page_size=32))
     assert "no dense prefill" in str(dense("prefill", 4096))
     assert "no whole number" in str(dense("decode", 4097))
+    # sequences of different lengths begin with a page each
+    assert dense("decode", 4097, batch_size=2, lengths="spread") is None
 
 
 class FakeDeepGemm:

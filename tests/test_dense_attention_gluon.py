@@ -9,7 +9,7 @@ from triton.runtime.jit import mangle_type
 from dsa_bench import registry
 from dsa_bench.baselines import dense_attention_gluon, dense_decode_gluon, dense_prefill_gluon
 from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape
-from dsa_bench.operator import Machine
+from dsa_bench.operator import Machine, Unsupported
 from tests import hostile
 from tests.gluon_emulator import emulated_gluon
 
@@ -126,6 +126,16 @@ def test_supports_says_why_not():
     assert "needs head widths 192/128 in prefill, this case has 256/128" in reason
     reason = supports(shape, Machine(device="cpu", name="a CPU"))
     assert "needs a Hopper GPU (sm_90), this is a CPU" in reason
+
+
+def test_pages_are_refused():
+    """`supports` says so of a case; inputs of one may still be handed over."""
+    shape = DenseAttentionShape(
+        phase="decode", seq_len_q=1, seq_len_kv=90, batch_size=2, num_heads=4, head_dim_qk=576,
+        head_dim_v=512, lengths="spread",
+    )  # fmt: skip
+    with pytest.raises(Unsupported, match="decodes sequences of one length"):
+        dense_attention_gluon.run(OPERATOR.make_inputs(shape, seed=0, device="cpu"))
 
 
 @pytest.mark.gpu

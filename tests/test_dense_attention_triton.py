@@ -12,11 +12,11 @@ from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape, D
 pytestmark = pytest.mark.interpret
 
 
-def make(phase, seq_len_q, seq_len_kv, num_heads, batch_size=1, sharpness=1):
+def make(phase, seq_len_q, seq_len_kv, num_heads, batch_size=1, sharpness=1, lengths="equal"):
     width = (192, 128) if phase == "prefill" else (576, 512)
     shape = DenseAttentionShape(
         phase=phase, seq_len_q=seq_len_q, seq_len_kv=seq_len_kv, batch_size=batch_size,
-        num_heads=num_heads, head_dim_qk=width[0], head_dim_v=width[1],
+        num_heads=num_heads, head_dim_qk=width[0], head_dim_v=width[1], lengths=lengths,
     )  # fmt: skip
     inputs = OPERATOR.make_inputs(shape, seed=0, device="cpu")
     return dataclasses.replace(inputs, q=(inputs.q.float() * sharpness).bfloat16())
@@ -51,6 +51,29 @@ def test_decode_matches_the_reference(batch_size, seq_len_q, seq_len_kv, num_hea
     assert_right(inputs, outputs)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["spread", "one-long"])
+@pytest.mark.parametrize(("batch_size", "seq_len_q", "seq_len_kv"), [(5, 1, 330), (3, 4, 200)])
+def test_decode_of_different_lengths(batch_size, seq_len_q, seq_len_kv, kind, num_splits):
+    """Of the shortest sequences most parts have no key at all."""
+    inputs = make("decode", seq_len_q, seq_len_kv, 40, batch_size, sharpness=10, lengths=kind)
+    config = kernels.DecodeConfig(num_splits=num_splits)
+    outputs = kernels.decode(
+        inputs.q, inputs.kv, sm_scale=inputs.sm_scale, pages=inputs.pages, config=config
+    )
+    assert_right(inputs, outputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_pages_of_other_sequences_do_not_leak():
+    inputs = make("decode", 1, 330, 16, batch_size=5, lengths="spread")
+    own = inputs.pages.block_table[1]
+    inputs.kv[[n for n in range(len(inputs.kv)) if n not in own.tolist()]] = float("nan")
+    outputs = kernels.run(inputs)
+    assert all(check.passed for check in OPERATOR.check(inputs, outputs, rows=torch.tensor([1])))
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # in that next one
 def test_keys_of_the_next_sequence_do_not_leak():
     inputs = make("decode", 1, 70, 16, batch_size=2)
@@ -75,7 +98,8 @@ def test_nan_of_a_key_shows(num_splits):
 
 
 def test_run_takes_both_forms():
-    for inputs in (make("prefill", 5, 9, 1), make("decode", 1, 9, 16)):
+    ragged = make("decode", 1, 90, 16, batch_size=3, lengths="spread")
+    for inputs in (make("prefill", 5, 9, 1), make("decode", 1, 9, 16), ragged):
         assert_right(inputs, kernels.run(inputs))
 
 
@@ -101,6 +125,27 @@ def test_arguments_are_checked():
     inputs = make("prefill", 4, 9, 2)
     with pytest.raises(ValueError, match=r"v must be bfloat16 \[seq_len_kv=9, num_heads=2"):
         kernels.prefill(inputs.q, inputs.k, inputs.v[:8], sm_scale=1.0)
+
+
+def test_pages_are_checked():
+    inputs = make("decode", 2, 90, 16, batch_size=3, lengths="spread")
+    pages = inputs.pages
+
+    def decode(kv=inputs.kv, **changed):
+        kernels.decode(inputs.q, kv, sm_scale=1.0, pages=dataclasses.replace(pages, **changed))
+
+    with pytest.raises(ValueError, match=r"kv must be bfloat16 \[num_pages, page_size=64, head"):
+        decode(inputs.kv.view(-1, 32, 576))
+    with pytest.raises(TypeError, match="seq_lens must be int32"):
+        decode(seq_lens=pages.seq_lens.long())
+    with pytest.raises(ValueError, match=r"seq_lens must be int32 \[batch_size=3\]"):
+        decode(seq_lens=pages.seq_lens[:2])
+    with pytest.raises(ValueError, match=r"block_table must be int32 \[batch_size=3, max_pages\]"):
+        decode(block_table=pages.block_table[:2])
+    with pytest.raises(ValueError, match="block_table must be contiguous"):
+        decode(block_table=pages.block_table.repeat(1, 2)[:, ::2])
+    with pytest.raises(ValueError, match=r"seq_len_q 2 must be at most seq_len_kv 1$"):
+        decode(lengths=(1, 60, 90))
 
 
 def test_arguments_of_another_rank_are_refused_in_a_sentence():

@@ -15,7 +15,7 @@ from tests.fp8_attention import decode_shape, make, online, prefill_shape
 
 HOPPER = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
 CPU = Machine(device="cpu", name="CPU")
-CPU_DEVICE = torch.device("cpu")
+RAGGED = ("spread", "one-long")
 
 
 class FakeFlashAttn3:
@@ -71,8 +71,10 @@ class FakeFlashMla:
         assert len(q) == len(seq_lens) == len(block_table)
         self.lens_seen.append(seq_lens.tolist())
         results = []
-        for query, pages, length in zip(q, block_table, seq_lens, strict=True):
-            kv = cache.view(torch.uint8)[pages.long()].flatten(0, 2).view(torch.float8_e4m3fn)
+        for query, row, length in zip(q, block_table, seq_lens.tolist(), strict=True):
+            pages = row[: -(-length // 64)].long()
+            assert length > 0 and (pages >= 0).all()
+            kv = cache.view(torch.uint8)[pages].flatten(0, 2).view(torch.float8_e4m3fn)
             one = Fp8DecodeInputs(query[None], kv[None, :length], dq, dk, sm_scale, d_v)
             results.append(online(one))
         out, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
@@ -151,14 +153,56 @@ def test_flash_mla_decode_leaves_whole(
     assert fake_mla.lens_seen == [[shape.seq_len_kv] * shape.batch_size], why
 
 
-def test_schedules_of_pieces_and_of_whole_sequences_are_kept_apart(
+@pytest.mark.interpret
+def test_schedules_are_those_of_the_lengths_and_of_their_pieces(
     fake_mla: FakeFlashMla, short_pieces: None
 ) -> None:
-    """Four pieces of two sequences are as many queries as eight sequences."""
-    kept = []
-    for pages in (flash_mla._pages(8, 512, CPU_DEVICE), flash_mla._pieces(2, 512, CPU_DEVICE)):
-        kept.append(flash_mla._schedule_fp8(torch.zeros(8, 1, 4, 576), *pages, 512))
-    assert [int(each.metadata[0, 0]) for each in kept] == [8 * 512, 2 * 512]
+    """Four pieces of two sequences are as many queries as eight sequences, and two batches of
+    other lengths as many as each other. The fake refuses a schedule that is not the call's."""
+    part = registry.implementation("dense_attention_fp8", "flash_mla")
+    shapes = [decode_shape(8, 1, 128), decode_shape(2, 1, 512), decode_shape(2, 1, 448)]
+    shapes += [decode_shape(8, 1, n, lengths=kind) for n in (100, 512) for kind in RAGGED]
+    for shape in shapes * 2:
+        inputs = make(shape)
+        assert all(c.passed for c in OPERATOR.check(inputs, part.run(inputs)))
+    cut = [s for s in shapes if s.seq_len_kv > 128]
+    assert fake_mla.schedules_made == len(shapes) + len(cut)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("max_sequences", [4095, 11])
+@pytest.mark.parametrize("kind", RAGGED)
+def test_flash_mla_decode_cuts_each_sequence_in_its_own_pieces(
+    fake_mla: FakeFlashMla,
+    short_pieces: None,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    max_sequences: int,
+) -> None:
+    """With 11 at most two sequences a call, of which some are one piece and some are five."""
+    monkeypatch.setattr(flash_mla, "MAX_SEQUENCES", max_sequences)
+    shape = decode_shape(5, 1, 600, num_heads=4, lengths=kind)
+    part = registry.implementation("dense_attention_fp8", "flash_mla")
+    for sharp in (1.0, 30.0):
+        inputs = make(shape, sharp=sharp)
+        assert all(c.passed for c in OPERATOR.check(inputs, part.run(inputs)))
+    calls = 1 if max_sequences > 11 else 3
+    assert len(fake_mla.lens_seen) == 2 * calls
+    pieces = sorted(n for lens in fake_mla.lens_seen[:calls] for n in lens)
+    own = [[128] * (n // 128) + [n % 128] * (n % 128 > 0) for n in shape.seq_lens]
+    assert pieces == sorted(n for each in own for n in each)
+
+
+@pytest.mark.parametrize("seq_len_q", [1, 3])
+@pytest.mark.parametrize("kind", RAGGED)
+def test_flash_mla_decode_of_different_lengths_whole(
+    fake_mla: FakeFlashMla, kind: str, seq_len_q: int
+) -> None:
+    shape = decode_shape(3, seq_len_q, 200, num_heads=4, lengths=kind)
+    part = registry.implementation("dense_attention_fp8", "flash_mla")
+    inputs = make(shape, sharp=30.0)
+    assert all(c.passed for c in OPERATOR.check(inputs, part.run(inputs)))
+    assert fake_mla.lens_seen == [list(shape.seq_lens)]
 
 
 def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +218,7 @@ def test_supports_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no fp8 decode" in str(fa3(decode_shape(1, 1, 64), HOPPER))
     assert "no dense prefill" in str(mla(prefill_shape(4, 8), HOPPER))
     assert "no whole number" in str(mla(decode_shape(1, 1, 65), HOPPER))
+    assert mla(decode_shape(2, 1, 65, lengths="spread"), HOPPER) is None
     assert "up to 256 pieces of 4096 keys" in str(fa3(prefill_shape(4, 2**20 + 64), HOPPER))
     assert "up to 4095 sequences" in str(mla(decode_shape(4096, 1, 64), HOPPER))
     assert "joined here from up to 64 pieces of 4096 keys" in str(
@@ -204,6 +249,7 @@ def run_on_a_gpu(name: str, shape: DenseAttentionShape, sharp: float) -> None:
           for sizes in [(128, 128), (77, 1000), (256, 4096), (300, 4097), (256, 30000)]),
         *(("flash_mla", decode_shape(*sizes, 128)) for sizes in [(1, 1, 64), (2, 1, 4096)]),
         ("flash_mla", decode_shape(4, 2, 1024, 64)),
+        *(("flash_mla", decode_shape(5, q, 5000, 128, kind)) for q in (1, 2) for kind in RAGGED),
     ],
     ids=str,
 )  # fmt: skip
@@ -224,3 +270,13 @@ def test_flash_mla_of_many_keys_on_a_gpu(
     lse is 0.0007 off with 40000 keys and 0.0018 with 8256, and the budget refuses it."""
     monkeypatch.setattr(flash_mla, "MAX_SEQUENCES", max_sequences)
     run_on_a_gpu("flash_mla", decode_shape(batch_size, 1, seq_len_kv, 128), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_sequences", [4095, 60])
+@pytest.mark.parametrize("kind", RAGGED)
+def test_flash_mla_of_many_keys_of_different_lengths_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, kind: str, max_sequences: int
+) -> None:
+    monkeypatch.setattr(flash_mla, "MAX_SEQUENCES", max_sequences)
+    run_on_a_gpu("flash_mla", decode_shape(64, 1, 40000, 128, kind), 1.0)

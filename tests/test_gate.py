@@ -54,6 +54,28 @@ def test_output_of_an_earlier_input_fails() -> None:
     assert judge(fake_operator.stale()).passed
 
 
+def test_sampled_rows_hold_those_that_are_always_checked() -> None:
+    plain = gate.sample_rows(1000, seed=3, device="cpu")
+    assert plain is not None
+    missing = next(i for i in range(1000) if i not in plain.tolist())
+    for always in ((missing,), (missing, int(plain[5])), (0, missing, 999)):
+        rows = gate.sample_rows(1000, seed=3, device="cpu", always=always)
+        assert rows is not None and rows.tolist() == sorted([*plain.tolist(), missing])
+    assert gate.sample_rows(64, seed=0, device="cpu", always=(3,)) is None
+
+
+def test_a_wrong_row_that_is_always_checked_fails() -> None:
+    inputs = fake_operator.make_inputs(FakeShape(num_rows=500), seed=0, device="cpu")
+    rows = gate.sample_rows(500, seed=0, device="cpu")
+    assert rows is not None
+    missing = next(i for i in range(500) if i not in rows.tolist())
+    outputs = fake_operator.good(inputs)
+    outputs.out[missing] += 1
+    how: Any = {"num_rows": 500, "seed": 0, "device": "cpu"}
+    assert gate.check_outputs(DOUBLE, inputs, outputs, **how).passed
+    assert not gate.check_outputs(DOUBLE, inputs, outputs, **how, always=(missing,)).passed
+
+
 def test_sampled_rows_hold_both_ends_once_and_repeat_with_the_seed() -> None:
     rows = gate.sample_rows(1000, seed=3, device="cpu")
     assert rows is not None

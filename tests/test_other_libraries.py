@@ -1,4 +1,4 @@
-"""FlashAttention-4, FlexAttention, FlashInfer and torch's efficient kernel at the border.
+"""FlashAttention-3 and -4, FlexAttention, FlashInfer, torch's efficient kernel at the border.
 
 A fake computes the answer in torch from exactly what it was handed, by the library's own layout,
 base of lse and alignment of the causal mask, so that a mistake of ours is a wrong number here.
@@ -17,11 +17,12 @@ import torch
 
 from dsa_bench import registry
 from dsa_bench.accuracy import Check
-from dsa_bench.baselines import flash_attn_4, flashinfer, flex_attention, sdpa
+from dsa_bench.baselines import flash_attn_3, flash_attn_4, flashinfer, flex_attention, sdpa
 from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape
 from dsa_bench.kernels import topk
 from dsa_bench.library import Library
 from dsa_bench.operator import Machine
+from dsa_bench.record import LENGTH_KINDS
 
 HOPPER = Machine(device="cuda", name="H100", capability=(9, 0))
 AMPERE = Machine(device="cuda", name="A100", capability=(8, 0))
@@ -41,7 +42,7 @@ def prefill_shape(seq_len_q: int, seq_len_kv: int, num_heads: int = 3) -> DenseA
 
 
 def decode_shape(
-    batch_size: int, seq_len_q: int, seq_len_kv: int, num_heads: int = 4
+    batch_size: int, seq_len_q: int, seq_len_kv: int, num_heads: int = 4, lengths: str = "equal"
 ) -> DenseAttentionShape:
     return DenseAttentionShape(
         phase="decode",
@@ -51,6 +52,7 @@ def decode_shape(
         num_heads=num_heads,
         head_dim_qk=576,
         head_dim_v=512,
+        lengths=lengths,
     )
 
 
@@ -85,6 +87,38 @@ def fake_flash_attn_func(q, k, v, *, softmax_scale, causal, return_lse):
     assert causal and return_lse
     parts = [attend(*one, softmax_scale, causal) for one in zip(q, k, v, strict=True)]
     return torch.stack([out for out, _ in parts]), torch.stack([lse.T for _, lse in parts])
+
+
+def fake_flash_attn_with_kvcache(
+    q, k_cache, v_cache, *, qv, cache_seqlens, page_table, softmax_scale, causal, num_splits,
+    return_softmax_lse,
+):  # fmt: skip
+    """Rope columns in q and k, the others in qv and v; lse [batch, heads, rows], natural."""
+    assert causal and return_softmax_lse and num_splits == 0
+    assert q.shape[-1] == k_cache.shape[-1] == 64 and qv.shape[-1] == v_cache.shape[-1] == 512
+    parts = []
+    for b, query in enumerate(torch.cat([qv, q], -1)):
+        if page_table is None:
+            assert cache_seqlens is None
+            values, rope = v_cache[b], k_cache[b]
+        else:
+            assert page_table.dtype == cache_seqlens.dtype == torch.int32
+            length = int(cache_seqlens[b])
+            pages = page_table[b, : -(-length // v_cache.shape[1])].long()
+            assert (pages >= 0).all()
+            values, rope = (x[pages].flatten(0, 1)[:length] for x in (v_cache, k_cache))
+        keys = torch.cat([values, rope], -1).expand(-1, q.shape[2], -1)
+        parts.append(attend(query, keys, keys[..., :512], softmax_scale, causal))
+    return torch.stack([out for out, _ in parts]), torch.stack([lse.T for _, lse in parts]), None
+
+
+@pytest.mark.parametrize("kind", LENGTH_KINDS)
+@pytest.mark.parametrize("seq_len_q", [1, 3])
+def test_flash_attn_3_decode(monkeypatch, seq_len_q: int, kind: str) -> None:
+    fake = types.SimpleNamespace(flash_attn_with_kvcache=fake_flash_attn_with_kvcache)
+    monkeypatch.setattr(flash_attn_3, "load", lambda: fake)
+    inputs = sharp_inputs(decode_shape(4, seq_len_q, 131, lengths=kind))
+    assert not failed(OPERATOR.check(inputs, flash_attn_3.run(inputs)))
 
 
 @pytest.mark.parametrize(("seq_len_q", "seq_len_kv"), PREFILL_SIZES)
@@ -285,6 +319,15 @@ def test_flashinfer_decode_plans_once_a_shape(
     assert flashinfer.page_size_of(seq_len_kv) == page_size
 
 
+@pytest.mark.parametrize("kind", ["spread", "one-long"])
+@pytest.mark.parametrize("seq_len_q", [1, 3])
+def test_flashinfer_decode_of_different_lengths(fake_flashinfer, kind: str, seq_len_q: int) -> None:
+    for seq_len_kv in (131, 200, 131):
+        inputs = sharp_inputs(decode_shape(5, seq_len_q, seq_len_kv, lengths=kind))
+        assert not failed(OPERATOR.check(inputs, flashinfer.run(inputs)))
+    assert FakeLatent.plans == 2
+
+
 def ragged_rows(device: str = "cpu") -> topk.TopkInputs:
     """Rows that start late, end early, are shorter than topk or empty; NaN outside the range."""
     torch.manual_seed(0)
@@ -343,6 +386,12 @@ def test_flashinfer_of_another_age_is_named(fake_flashinfer) -> None:
         ("flashinfer", decode_shape(2, 1, 65, num_heads=80), HOPPER, None),
         ("flashinfer", decode_shape(2, 2, 65, num_heads=80), HOPPER, "divides 128"),
         ("flashinfer", prefill_shape(4, 8), AMPERE, "Hopper"),
+        ("flashinfer", decode_shape(2, 1, 65, lengths="spread"), HOPPER, None),
+        ("flash_attn_3", decode_shape(2, 1, 65, lengths="spread"), HOPPER, None),
+        ("triton", decode_shape(2, 1, 65, lengths="spread"), HOPPER, None),
+        ("gluon", decode_shape(2, 1, 65), HOPPER, None),
+        ("gluon", decode_shape(2, 1, 65, lengths="spread"), HOPPER, "sequences of one length"),
+        ("sdpa", decode_shape(2, 1, 65, lengths="spread"), CPU, None),
     ],
 )
 def test_each_says_what_it_takes(monkeypatch, name: str, shape: Any, machine: Any, says) -> None:
@@ -387,6 +436,19 @@ def test_prefill_on_a_gpu(name: str, seq_len_q: int, seq_len_kv: int) -> None:
 def test_flashinfer_decode_on_a_gpu(seq_len_q: int, seq_len_kv: int, num_heads: int) -> None:
     shape = decode_shape(3, seq_len_q, seq_len_kv, num_heads)
     part = on_this_gpu("dense_attention", "flashinfer", shape)
+    inputs = sharp_inputs(shape, device="cuda")
+    assert not failed(OPERATOR.check(inputs, part.run(inputs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["spread", "one-long"])
+@pytest.mark.parametrize(("batch_size", "seq_len_q"), [(2, 1), (40, 1), (7, 3)])
+@pytest.mark.parametrize("name", ["flash_attn_3", "flash_mla", "flashinfer", "triton"])
+def test_decode_of_different_lengths_on_a_gpu(
+    name: str, batch_size: int, seq_len_q: int, kind: str
+) -> None:
+    shape = decode_shape(batch_size, seq_len_q, 8200, 128, kind)
+    part = on_this_gpu("dense_attention", name, shape)
     inputs = sharp_inputs(shape, device="cuda")
     assert not failed(OPERATOR.check(inputs, part.run(inputs)))
 

@@ -8,7 +8,9 @@ import pytest
 
 from dsa_bench import plan, registry, sweep
 from dsa_bench.contest import DENSE_BESIDE
+from dsa_bench.library import Library
 from dsa_bench.operator import Implementation, Machine, Operator, Unsupported, UsageError
+from dsa_bench.preset import PRESETS
 from dsa_bench.sweep import Layer, Planned
 from tests.test_sweep import operator
 
@@ -84,6 +86,13 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Plan:
         return plan.plan(sweep.resolve("test", layer), MACHINE)
 
     return make
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All foreign libraries are here."""
+    monkeypatch.setattr(Library, "obstacle", lambda self: None)
+    monkeypatch.setattr(Library, "found", lambda self: "sgl_kernel")
 
 
 def impls(items: tuple[Planned, ...], op: str) -> list[Any]:
@@ -187,12 +196,44 @@ def test_planned_survives_json(planned: Plan) -> None:
         assert Planned.from_json(item.to_json()) == item
 
 
-@pytest.mark.parametrize("name", ["v3.2", "prefill", "decode", "accuracy"])
+DECODE_SWEEPS = [name for name in sweep.shipped() if name.startswith("decode")]
+
+
+@pytest.mark.parametrize("name", ["v3.2", "prefill", *DECODE_SWEEPS, "accuracy"])
 def test_gpu_sweeps_skip_nothing_on_an_h100(name: str) -> None:
     items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
     # dense attention in fp8 needs a library, which need not be here
     assert {item.reason for item in items if item.case.op not in DENSE_BESIDE} == {""}
     assert len(items) > 10
+
+
+@pytest.mark.parametrize("name", DECODE_SWEEPS)
+def test_a_decode_sweep_takes_less_than_ten_minutes(name: str, libraries: None) -> None:
+    """With every library there; a case takes about 1.5 s on an H100."""
+    items = plan.plan(sweep.resolve(name, sweep.load(name)), H100)
+    assert len(items) * 1.5 < 600
+    for item in items:
+        owner = registry.operator(item.case.op)
+        shape = owner.shape(item.case, PRESETS[item.case.preset])
+        assert owner.memory(shape).total_bytes < 70 * 2**30
+
+
+def test_opponents_of_a_ragged_batch_are_those_that_take_one(libraries: None) -> None:
+    wanted = {
+        "equal": {"flash_attn_3", "flash_mla", "gluon", "flashinfer"},
+        "one-long": {"flash_attn_3", "flash_mla", "triton", "flashinfer"},
+    }
+    table = {"lengths": list(wanted), "phase": "decode", "op": "dense_attention"}
+    items = plan.plan(sweep.resolve("test", Layer(source="", table=table)), H100)
+    for lengths, names in wanted.items():
+        assert {i.case.impl for i in items if i.case.lengths == lengths} == names
+    table |= {"impl": "all", "lengths": "one-long"}
+    items = plan.plan(sweep.resolve("test", Layer(source="", table=table)), H100)
+    (gluon,) = {i.case.impl: i for i in items if i.case.impl == "gluon"}.values()
+    assert registry.resolve(gluon.case, H100).reason == (
+        "gluon dense_attention decodes sequences of one length: its programs all walk equally many"
+        " keys (use triton, or --lengths equal)"
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "smoke"])

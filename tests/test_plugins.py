@@ -14,6 +14,7 @@ import torch
 
 from dsa_bench import conformance, machine, plugins, registry, store
 from dsa_bench.cli import call
+from dsa_bench.finding import Finding
 from dsa_bench.kernels.hostile import MUTATIONS
 from dsa_bench.kernels.paging import unpack_mla_rows
 from dsa_bench.operator import Implementation, Machine, Unsupported, UsageError
@@ -167,11 +168,19 @@ def test_an_entry_point_is_found_and_a_broken_one_breaks_nothing(
         sys.modules.pop(module, None)
 
 
+def verdict_of(found: list[Finding], impl: str, kind: str) -> str:
+    (verdict,) = [f.verdict for f in found if f.impl == impl and f.name.endswith(kind)]
+    return verdict
+
+
 def test_the_example_passes_the_hostile_inputs_and_a_careless_one_does_not(tmp_path: Path) -> None:
     plugins.use([EXAMPLE, written(tmp_path, "careless.py", WRONG)])
     found = conformance.examine({"topk": ("by_sorting", "careless")}, "cpu")
     assert sum(f.name.endswith("odd") for f in found) == 2 * 4
-    found = [f for f in found if not f.name.endswith("odd")]
+    # the example too reads no column behind the end of a short sequence
+    assert verdict_of(found, "by_sorting", "one-long") == "ok"
+    assert verdict_of(found, "careless", "one-long") == "wrong"
+    found = [f for f in found if not f.name.endswith(("odd", "one-long"))]
     verdicts = {(f.impl, f.name.split()[-1], f.name.split()[0]): f.verdict for f in found}
     assert {v for (impl, *_), v in verdicts.items() if impl == "by_sorting"} == {"ok"}
     assert verdicts["careless", "random", "decode"] == "ok"
@@ -187,7 +196,7 @@ def test_a_crash_is_a_finding_on_its_input_alone(tmp_path: Path, monkeypatch) ->
     found = conformance.examine({"topk": ("careless",)}, "cpu")
     crashes = {f.name for f in found if "exit code 7" in f.reason and f.verdict == "raised"}
     assert crashes == {f"{phase} bf16 L=300 special" for phase in ("prefill", "decode")}
-    assert len(found) == 4 + 2 * KINDS
+    assert len(found) == 4 + 2 * KINDS + 1
     monkeypatch.setattr(conformance, "TIMEOUT", 0.01)
     (finding,) = conformance.examine({"topk": ("careless",)}, "cpu")
     assert finding.is_bad and finding.reason == "no end within 0 s"

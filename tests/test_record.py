@@ -14,6 +14,7 @@ CASE = Case(
 )  # fmt: skip
 LATER: dict[str, Any] = {
     "mode": "warm", "tensor_parallel": 8, "inputs": "needle", "weights": "w.safetensors:3",
+    "lengths": "one-long",
 }  # fmt: skip
 
 
@@ -44,6 +45,8 @@ def test_a_case_of_an_older_version_has_the_defaults() -> None:
         ("inputs", None, "case.inputs must be a text"),
         ("inputs", "x" * 4097, "case.inputs must have at most 4096 characters"),
         ("weights", "x" * 4097, "case.weights must have at most 4096 characters"),
+        ("lengths", 3, "case.lengths must be a text"),
+        ("lengths", "x" * 101, "case.lengths must have at most 100 characters"),
     ],
 )
 def test_a_wrong_later_field_is_refused(field: str, value: Any, sentence: str) -> None:

@@ -17,7 +17,8 @@ def row(impl: str, seconds: float | None, **fields: Any) -> dict[str, Any]:
     return {
         "run": 0, "key": impl, "run_label": "a", "op": "topk", "impl": impl, "phase": "prefill",
         "seq_len_kv": 8192, "seq_len_q": 4096, "topk": 2048, "precision": "bf16", "batch_size": 1,
-        "num_heads": 128, "tensor_parallel": 1, "inputs": "random", "weights": "", "preset": "v3.2",
+        "lengths": "equal", "num_heads": 128, "tensor_parallel": 1, "inputs": "random",
+        "weights": "", "preset": "v3.2",
         "seed": 0, "asked_mode": "auto", "status": "ok" if timed else "failed", "doubt": "",
         "seconds": seconds, "seconds_low": seconds and seconds * 0.99,
         "seconds_high": seconds and seconds * 1.01, "floor_share": 0.5 if timed else None,
@@ -39,7 +40,7 @@ def test_shapes_modes_and_precisions_are_ranked_apart() -> None:
     found = ranked(
         row("a", 1.0), row("b", 2.0), row("a", 9.0, seq_len_kv=16384),
         row("b", 8.0, seq_len_kv=16384), row("a", 0.1, asked_mode="warm"),
-        row("b", 0.1, precision="fp8"),
+        row("b", 0.1, precision="fp8"), row("c", 0.1, lengths="spread"),
     )  # fmt: skip
     assert [ranking.leaders for ranking in found] == [("a",), ("b",)]
 

@@ -1,5 +1,6 @@
 """Flattening and derived columns against numbers worked by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from dsa_bench import stats
 from dsa_bench.record import Case, Record, StageTime
-from dsa_bench.reports import frame, metrics
+from dsa_bench.reports import frame, metrics, recompute
 from tests.reports_runs import HEADER, FakeRun, doubtful_run, h100_run, ok
 
 PREFILL = Case(op="dsa", impl="gluon", phase="prefill", seq_len_kv=8192, seq_len_q=4096, topk=2048)
@@ -90,6 +91,27 @@ def test_speedup_is_over_the_fastest_ok_dense_of_the_same_shape() -> None:
     assert row["speedup"] == pytest.approx(2.5)
     assert (row["dense_impl"], row["dense_precision"]) == ("flash_attn_3", "fp8")
     assert table.loc[table["op"] == "dense_attention", "speedup"].isna().all()
+
+
+def test_speedup_is_over_dense_of_the_same_lengths() -> None:
+    one = replace(DECODE, lengths="one-long")
+    dense = [replace(case, op="dense_attention", topk=None) for case in (DECODE, one)]
+    records = [ok(DECODE, 0.002), ok(one, 0.001), ok(dense[0], 0.006), ok(dense[1], 0.004)]
+    table = metrics.cases([run_of(*records)])
+    sparse = table[table["op"] == "dsa"]
+    assert dict(zip(sparse["lengths"], sparse["speedup"], strict=True)) == {
+        "equal": pytest.approx(3.0), "one-long": pytest.approx(4.0)
+    }  # fmt: skip
+    # a token costs what its call took, however long the sequences are
+    assert list(table["tokens"]) == [64] * 4
+    again = recompute.figures(records, HEADER)
+    for row in table.to_dict("records"):
+        expected = again[row["key"]]["speedup"]
+        assert row["speedup"] == pytest.approx(
+            math.nan if expected is None else expected, nan_ok=True
+        )
+    alone = metrics.cases([run_of(ok(one, 0.001), ok(dense[0], 0.006))])
+    assert alone["speedup"].isna().all()
 
 
 def test_speedup_needs_a_dense_case_of_the_same_run() -> None:

@@ -19,6 +19,8 @@ def test_whole_attention_competes_at_one_shape() -> None:
     dense, longer = item(op="dense_attention"), item(seq_len_kv=8192)
     warm, alone = item(mode="warm"), item(op="topk")
     assert shapes([a, b, dense, longer, warm, alone]) == [[a, b, dense], [longer], [warm], [alone]]
+    ragged = [item(lengths="spread"), item(op="dense_attention", lengths="spread")]
+    assert shapes([a, *ragged, dense]) == [[a, dense], ragged]
 
 
 def test_implementations_of_an_operator_compete() -> None:

@@ -1,5 +1,6 @@
 """Texts of the terminal: labels, endings, the nearest limit, the tables of a profile."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ def stage(name: str, seconds: float) -> StageTime:
 
 def test_case_label_names_the_case() -> None:
     assert show.case_label(CASE) == "decode dsa L=128k q=2 k=2k fp8 batch=32 (triton+gluon)"
+    ragged = replace(CASE, lengths="one-long", inputs="needle")
+    said = "decode dsa L=128k q=2 k=2k fp8 batch=32 lengths=one-long inputs=needle (triton+gluon)"
+    assert show.case_label(ragged) == said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsa_bench import sweep
 from dsa_bench.operator import Cost, Memory, Operator, UsageError
-from dsa_bench.record import Case
+from dsa_bench.record import LENGTH_KINDS, Case
 from dsa_bench.sizes import format_size, parse_size, parse_sizes
 from dsa_bench.sweep import Axes, Layer, Sweep
 
@@ -35,7 +35,7 @@ def operator(name: str, *axes: str, phases: tuple[str, ...] = ("prefill", "decod
     )
 
 
-DSA = operator("dsa", "topk", "precision", "batch_size", "num_heads")
+DSA = operator("dsa", "topk", "precision", "batch_size", "lengths", "num_heads")
 LAYER = operator("layer", "tensor_parallel", "inputs", "weights", "num_heads")
 DENSE = operator("dense_attention", "batch_size", "num_heads")
 INDEXER = operator("indexer", phases=("prefill",))
@@ -139,6 +139,9 @@ def test_layers_later_win_and_phase_tables_stand_over_their_file() -> None:
         ({"weights": "no.safetensors:3"}, "a.toml: weights: there is no file no.safetensors "),
         ({"weights": "w.bin"}, "a.toml: weights must name a .safetensors file, got 'w.bin'"),
         ({"weights": ["a"]}, "a.toml: weights must be FILE or FILE:LAYER, got"),
+        ({"lengths": "equla"}, "a.toml: lengths 'equla' is unknown; did you mean 'equal'?"),
+        ({"lengths": "1k"}, "a.toml: lengths '1k' is unknown; known: equal, spread, one-long"),
+        ({"decode": {"lengths": 3}}, "a.toml: lengths must be names like a,b, got 3"),
         ({"precision": "fp16"}, "a.toml: precision 'fp16' is unknown; did you mean 'bf16'?"),
         ({"phase": "prefil"}, "a.toml: phase 'prefil' is unknown; did you mean 'prefill'?"),
         ({"preset": "llama"}, "a.toml: preset 'llama' is unknown; known: v3.2, v3.2-cpu"),
@@ -222,6 +225,24 @@ def test_cases_have_ranks_inputs_and_weights_where_the_operator_has(file: str) -
     ]
 
 
+def test_lengths_are_those_of_decode_where_the_operator_has_them() -> None:
+    wanted = make(
+        op="dsa,dense_attention", seq_len_kv="4k", batch_size="2,4", lengths="equal,one-long"
+    )
+    found = sweep.cases(wanted, {"dsa": DSA, "dense_attention": DENSE})
+    assert [(c.op, c.phase, c.batch_size, c.lengths) for c in found] == [
+        ("dsa", "prefill", 1, "equal"),
+        ("dense_attention", "prefill", 1, "equal"),
+        ("dsa", "decode", 2, "equal"),
+        ("dsa", "decode", 2, "one-long"),
+        ("dsa", "decode", 4, "equal"),
+        ("dsa", "decode", 4, "one-long"),
+        # this one knows of no lengths
+        ("dense_attention", "decode", 2, "equal"),
+        ("dense_attention", "decode", 4, "equal"),
+    ]
+
+
 def test_an_overlap_has_one_spelling() -> None:
     wanted = make(
         op="layer", phase="prefill", seq_len_kv="4k", inputs="overlap=0.90,overlap=.9,overlap=-0"
@@ -241,12 +262,13 @@ def test_ranks_divide_the_heads() -> None:
 def test_reproduce_names_later_axes_where_they_are_not_at_their_default(file: str) -> None:
     plain = Case(op="layer", impl="triton", phase="prefill", seq_len_kv=4096, seq_len_q=4096)
     words = shlex.split(sweep.reproduce(plain, device="cpu"))
-    assert not {"--mode", "--tp", "--inputs", "--weights"} & set(words)
+    assert not {"--mode", "--tp", "--inputs", "--weights", "--lengths"} & set(words)
     case = dataclasses.replace(
-        plain, tensor_parallel=8, inputs=file, weights=f"{file}:3", mode="warm"
+        plain, tensor_parallel=8, inputs=file, weights=f"{file}:3", mode="warm", lengths="spread"
     )
     words = shlex.split(sweep.reproduce(case, device="cpu"))
     later = {"--mode": "warm", "--tp": "8", "--inputs": file, "--weights": f"{file}:3"}
+    later["--lengths"] = "spread"
     assert {flag: words[words.index(flag) + 1] for flag in later} == later
 
 
@@ -276,6 +298,7 @@ CASES = st.builds(
     num_heads=SIZES,
     preset=st.sampled_from(["v3.2", "v3.2-cpu"]),
     seed=st.integers(0, 9),
+    lengths=st.sampled_from(LENGTH_KINDS),
 )
 
 
@@ -283,7 +306,7 @@ CASES = st.builds(
 def test_reproduce_is_a_command_for_the_same_case(case: Case) -> None:
     """Parsing is done here by hand; test_cli gives the command to the real parser."""
     if case.phase == "prefill":
-        case = dataclasses.replace(case, batch_size=1)
+        case = dataclasses.replace(case, batch_size=1, lengths="equal")
     program, verb, *words = shlex.split(sweep.reproduce(case, device="cpu"))
     assert (program, verb) == ("dsa-bench", "run")
     values = dict(zip(words[::2], words[1::2], strict=True))

@@ -166,6 +166,23 @@ def test_predicted_memory_ends_a_case_before_it_allocates(monkeypatch: pytest.Mo
     assert record.cost == {}
 
 
+def test_the_gate_looks_at_the_rows_that_are_always_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row of 200 that is no part of the sample of 64."""
+    sampled = gate.sample_rows(200, seed=0, device="cpu")
+    assert sampled is not None
+    missing = next(i for i in range(200) if i not in sampled.tolist())
+    operator = fake_operator.make_operator(
+        "double", lambda x: 2 * x, always_checked=lambda shape: (missing,)
+    )
+    found = registry.collect({"double": type("M", (), {"OPERATOR": operator})})  # type: ignore[dict-item]
+    monkeypatch.setattr(registry, "catalogue", lambda: found)
+    for verb in ("run", "check"):
+        record, _, _ = ask(case("reference"), verb)
+        assert record.status == "ok" and record.gate["rows_checked"] == gate.SAMPLED_ROWS + 1
+
+
 def test_a_second_input_set_that_does_not_fit_is_done_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -50,6 +50,9 @@ ImplFiles = Annotated[
                  show_default=False, callback=_use_files),
 ]  # fmt: skip
 Batch = Annotated[str | None, _text("--batch", metavar="SIZES", help="Sequences in decode: 1,32")]
+LengthKinds = Annotated[
+    str | None, _text("--lengths", metavar="LIST", help="Their lengths: equal,spread,one-long")
+]
 SeqLenQ = Annotated[
     str | None, _text("--seq-len-q", metavar="SIZES", help="Queries of a chunk, of a sequence.")
 ]
