@@ -107,11 +107,26 @@ class Tiles:
 
 
 @gluon.jit
-def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(j), count=COUNT)
-    return barriers
+def allocate_barriers(NUMBER: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def init_barriers(
+    q_ready, q_free, k_ready, k_free, Q_SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    ARRIVALS: gl.constexpr, READERS: gl.constexpr,
+):  # fmt: skip
+    """`ready` of queries gets one arrival, of keys ARRIVALS, `free` CONSUMERS and READERS.
+
+    One of each in turn: between two of one allocation the compiler has all warps wait, and an
+    init takes 120 cycles on an H100.
+    """
+    for j in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(j), count=ARRIVALS)
+        mbarrier.init(k_free.index(j), count=READERS)
+        if j < Q_SLOTS:
+            mbarrier.init(q_ready.index(j), count=1)
+            mbarrier.init(q_free.index(j), count=CONSUMERS)
 
 
 @gluon.jit
@@ -119,12 +134,15 @@ def allocate_tiles(q_desc, k_desc, Q_SLOTS: gl.constexpr, STAGES: gl.constexpr):
     ROWS: gl.constexpr = q_desc.block_type.shape[0]
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]
+    q_ready = allocate_barriers(Q_SLOTS)
+    q_free = allocate_barriers(Q_SLOTS)
+    k_ready = allocate_barriers(STAGES)
+    k_free = allocate_barriers(STAGES)
+    init_barriers(q_ready, q_free, k_ready, k_free, Q_SLOTS, STAGES, 1, CONSUMERS)
     return Tiles(
         gl.allocate_shared_memory(q_desc.dtype, [Q_SLOTS * CONSUMERS, ROWS, DIM], q_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, DIM], k_desc.layout),
-        _barriers(Q_SLOTS, 1), _barriers(Q_SLOTS, CONSUMERS),
-        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
-        Q_SLOTS, STAGES,
+        q_ready, q_free, k_ready, k_free, Q_SLOTS, STAGES,
     )  # fmt: skip
 
 
@@ -136,7 +154,7 @@ def ranges_of(
     """The ranges, in the blocks and tiles that the descriptors fetch."""
     BLOCK_Q: gl.constexpr = CONSUMERS * q_desc.block_type.shape[0] // HEADS
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
-    return Ranges(start_ptr, end_ptr, num_queries, num_keys, BLOCK_Q, KEYS, KEY_STEP)
+    return Ranges(start_ptr, end_ptr, num_queries, num_keys, BLOCK_Q, KEYS, KEY_STEP, False)
 
 
 @gluon.jit

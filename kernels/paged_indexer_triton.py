@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.index_arguments import check_paged_arguments
 from dsa_bench.kernels.paged_indexer import (
     PagedIndexerInputs,
     PagedIndexerOutputs,
     PagedIndexerShape,
 )
-from dsa_bench.kernels.paging import INDEX_DIM, INDEX_ROW_BYTES
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "paged_indexer"
@@ -118,8 +117,12 @@ def paged_indexer(
     Returns:
         [batch_size, seq_len_q, max_pages · page_size] fp32; undefined at and beyond seq_lens.
     """
-    check_arguments(index_q, index_cache, index_weights, seq_lens, block_table, page_size)
+    check_paged_arguments(index_q, index_cache, index_weights, seq_lens, block_table, page_size)
     batch_size, seq_len_q, heads, dim = index_q.shape
+    if page_size & (page_size - 1) or page_size < 16:
+        raise ValueError(f"page_size must be a power of two of 16 or more, got {page_size}")
+    if heads & (heads - 1) or heads < 8:
+        raise ValueError(f"index_heads must be a power of two of 8 or more, got {heads}")
     max_pages = block_table.shape[1]
     logits = torch.empty(batch_size, seq_len_q, max_pages * page_size, device=index_q.device)
     if logits.numel() == 0:
@@ -144,51 +147,6 @@ def paged_indexer(
         NUM_STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return logits
-
-
-def check_arguments(
-    index_q: Tensor,
-    index_cache: Tensor,
-    index_weights: Tensor,
-    seq_lens: Tensor,
-    block_table: Tensor,
-    page_size: int,
-) -> None:
-    """Refuse what the kernel cannot read, in a sentence."""
-    dtypes = (torch.float8_e4m3fn, torch.bfloat16)
-    expect_tensor(
-        "index_q",
-        index_q,
-        dtypes,
-        batch_size=None,
-        seq_len_q=None,
-        index_heads=None,
-        index_dim=INDEX_DIM,
-    )
-    batch_size, seq_len_q, heads, _ = index_q.shape
-    is_fp8 = index_q.dtype == torch.float8_e4m3fn
-    row = page_size * (INDEX_ROW_BYTES if is_fp8 else INDEX_DIM)
-    cache_dtype = torch.uint8 if is_fp8 else torch.bfloat16
-    expect_tensor("index_cache", index_cache, cache_dtype, num_pages=None, page=row)
-    dims = {"batch_size": batch_size, "seq_len_q": seq_len_q}
-    expect_tensor("index_weights", index_weights, torch.float32, **dims, index_heads=heads)
-    expect_tensor("seq_lens", seq_lens, torch.int32, **dims)
-    expect_tensor("block_table", block_table, torch.int32, batch_size=batch_size, max_pages=None)
-    tensors = {
-        "index_q": index_q,
-        "index_cache": index_cache,
-        "index_weights": index_weights,
-        "seq_lens": seq_lens,
-        "block_table": block_table,
-    }
-    expect_same_device(**tensors)
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
-    if page_size & (page_size - 1) or page_size < 16:
-        raise ValueError(f"page_size must be a power of two of 16 or more, got {page_size}")
-    if heads & (heads - 1) or heads < 8:
-        raise ValueError(f"index_heads must be a power of two of 8 or more, got {heads}")
 
 
 def run(inputs: PagedIndexerInputs) -> PagedIndexerOutputs:

@@ -1,6 +1,7 @@
-"""How programs share the keys that a chunk of queries sees: device code.
+"""How programs share the keys that queries see: device code.
 
-Queries are taken in blocks, keys in tiles. A block visits every tile that one of its queries sees.
+Queries are taken in blocks, keys in tiles: a chunk of queries of one sequence, or the new tokens of
+many sequences, a block each. A block visits every tile that one of its queries sees.
 All visits, block after block, are divided among the programs by number: each takes an equal run of
 them, which may begin and end within a block. So no program is left over at the end, however long
 the ranges are.
@@ -10,8 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.core import _aggregate as aggregate
 
-COUNTED = gl.constexpr(512)
-"""Blocks whose visits are counted at a time."""
+COUNTED = gl.constexpr(128)
+"""Blocks whose visits a warp counts at a time."""
 
 
 @aggregate
@@ -25,9 +26,12 @@ class Ranges:
     BLOCK_Q: gl.constexpr
     BLOCK_KV: gl.constexpr
     KEY_STEP: gl.constexpr  # keys are every KEY_STEP-th of those that the ranges count
+    FROM_ZERO: gl.constexpr  # every range begins at 0, and start_ptr is not read
 
     @gluon.constexpr_function
-    def __init__(self, start_ptr, end_ptr, num_queries, num_keys, BLOCK_Q, BLOCK_KV, KEY_STEP):
+    def __init__(
+        self, start_ptr, end_ptr, num_queries, num_keys, BLOCK_Q, BLOCK_KV, KEY_STEP, FROM_ZERO
+    ):
         self.start_ptr = start_ptr
         self.end_ptr = end_ptr
         self.num_queries = num_queries
@@ -35,6 +39,7 @@ class Ranges:
         self.BLOCK_Q = gl.constexpr(BLOCK_Q)
         self.BLOCK_KV = gl.constexpr(BLOCK_KV)
         self.KEY_STEP = gl.constexpr(KEY_STEP)
+        self.FROM_ZERO = gl.constexpr(FROM_ZERO)
 
 
 @aggregate
@@ -67,7 +72,9 @@ def visible_tiles(ranges, block):
         for j in gl.static_range(STEP):
             query = block * ranges.BLOCK_Q + step + j
             exists = query < ranges.num_queries
-            start = gl.maximum(gl.load(ranges.start_ptr + query, mask=exists, other=0), 0)
+            start = query * 0
+            if not ranges.FROM_ZERO:
+                start = gl.maximum(gl.load(ranges.start_ptr + query, mask=exists, other=0), 0)
             stop = gl.load(ranges.end_ptr + query, mask=exists, other=0)
             # bounded first, for int32
             start = gl.minimum(start, ranges.num_keys * ranges.KEY_STEP)
@@ -88,8 +95,9 @@ def _add(a, b):
 
 
 @gluon.jit
-def _count_visits(ranges, first_block, num_blocks, LAYOUT: gl.constexpr):
-    blocks = first_block + gl.arange(0, COUNTED, LAYOUT)
+def _count_visits(ranges, first_block, num_blocks):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([COUNTED // 32], [32], [gl.num_warps()], [0])
+    blocks = first_block + gl.arange(0, gl.num_warps() * COUNTED, LAYOUT)
     first, end = visible_tiles(ranges, blocks)
     return gl.where(blocks < num_blocks, end - first, 0)
 
@@ -97,23 +105,25 @@ def _count_visits(ranges, first_block, num_blocks, LAYOUT: gl.constexpr):
 @gluon.jit
 def share_of_program(ranges, least_share):
     """An equal run of all visits, or `least_share` of them as long as there are any."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    STEP: gl.constexpr = gl.num_warps() * COUNTED
     num_blocks = (ranges.num_queries + ranges.BLOCK_Q - 1) // ranges.BLOCK_Q
-    total = 0
-    for first_block in range(0, num_blocks, COUNTED):
-        total += gl.sum(_count_visits(ranges, first_block, num_blocks, LAYOUT), 0)
+    visits = _count_visits(ranges, 0, num_blocks)
+    total = gl.sum(visits, 0)
+    for first_block in range(STEP, num_blocks, STEP):
+        total += gl.sum(_count_visits(ranges, first_block, num_blocks), 0)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
     share = gl.maximum(gl.maximum(share, least_share), 1)
     begin = gl.program_id(0) * share
     block = 0
     before = 0
     counted = 0
-    for first_block in range(0, num_blocks, COUNTED):
-        visits = _count_visits(ranges, first_block, num_blocks, LAYOUT)
+    for first_block in range(0, num_blocks, STEP):
+        if first_block > 0:
+            visits = _count_visits(ranges, first_block, num_blocks)
         ends = counted + gl.associative_scan(visits, 0, _add)
         is_before = ends <= begin
         block += gl.sum(is_before.to(gl.int32), 0)
         before = gl.maximum(before, gl.max(gl.where(is_before, ends, 0), 0))
         counted += gl.sum(visits, 0)
-    visits = gl.maximum(gl.minimum(share, total - begin), 0)
-    return Share(ranges, block, begin - before, visits, gl.program_id(0) - before // share)
+    run = gl.maximum(gl.minimum(share, total - begin), 0)
+    return Share(ranges, block, begin - before, run, gl.program_id(0) - before // share)
