@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.dependent_launch import wait_for_launch
 from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.radix_select import (
     BINS,
@@ -78,24 +79,6 @@ def list_words(topk: int) -> int:
     48 KB in all would cost 10 %: the kernel would then be launched with the smallest L1.
     """
     return 5120 if topk <= 2560 else 8192
-
-
-@gluon.jit
-def wait_for_launch():
-    """Until all of the kernel before has run and its stores are seen (griddepcontrol, sm_90)."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def let_next_launch():
-    """The next kernel may start as soon as all programs of this one have come here."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r,~{memory}", [], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.constexpr_function

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.dependent_launch import can_depend
 
 MAX_SPLITS = 64
 TILE_ELEMENTS = 8192
@@ -21,8 +22,8 @@ TILE_ELEMENTS = 8192
 @triton.jit
 def _combine_splits_kernel(
     partial_out_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, num_rows, num_heads, num_splits,
-    HAS_SINK: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_SINK: tl.constexpr, IS_DEPENDENT: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D columns of one row (a head of a query)."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,6 +31,8 @@ def _combine_splits_kernel(
     offs_split = tl.arange(0, BLOCK_SPLITS)
     exists = offs_split < num_splits
     offs_row = offs_split.to(tl.int64) * num_rows + row
+    if IS_DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     lse = tl.load(partial_lse_ptr + offs_row, mask=exists, other=-float("inf"))
     largest = tl.max(lse, 0)
     # of two infinities the difference is NaN
@@ -80,11 +83,13 @@ def combine_splits(
     num_rows, num_heads = lse.numel(), lse.shape[-1]
     head_dim_v = out.shape[-1]
     block_splits, block_d = choose_tile(num_splits, head_dim_v)
+    is_dependent = can_depend(out.device)
     _combine_splits_kernel[(num_rows, head_dim_v // block_d)](
         partial_out, partial_lse, attn_sink if attn_sink is not None else partial_lse, out, lse,
         num_rows, num_heads, num_splits,
-        HAS_SINK=attn_sink is not None, HEAD_DIM_V=head_dim_v, BLOCK_SPLITS=block_splits,
-        BLOCK_D=block_d, num_warps=4,
+        HAS_SINK=attn_sink is not None, IS_DEPENDENT=is_dependent, HEAD_DIM_V=head_dim_v,
+        BLOCK_SPLITS=block_splits, BLOCK_D=block_d, num_warps=4,
+        **({"launch_pdl": True} if is_dependent else {}),
     )  # fmt: skip
 
 
@@ -98,8 +103,8 @@ def compile_cases() -> list[CompileCase]:
     for num_splits, has_sink in ((16, True), (MAX_SPLITS, False)):
         block_splits, block_d = choose_tile(num_splits, 512)
         constexprs = {
-            "HAS_SINK": has_sink, "HEAD_DIM_V": 512, "BLOCK_SPLITS": block_splits,
-            "BLOCK_D": block_d,
+            "HAS_SINK": has_sink, "IS_DEPENDENT": has_sink, "HEAD_DIM_V": 512,
+            "BLOCK_SPLITS": block_splits, "BLOCK_D": block_d,
         }  # fmt: skip
         cases.append(
             CompileCase(

@@ -15,8 +15,17 @@ from dsa_bench.kernels.decode_tiles import (
     keys_of,
     piece_after,
 )
+from dsa_bench.kernels.dependent_launch import wait_for_launch
+from dsa_bench.kernels.prefetch_l2 import prefetch_l2
 from dsa_bench.kernels.seesaw_loader import BYTES, HALVES, copy_rows
-from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, ROPE, is_key, load_key_block, opaque_zero
+from dsa_bench.kernels.seesaw_tiles import (
+    BLOCK_KV,
+    LOADER_THREADS,
+    ROPE,
+    is_key,
+    load_key_block,
+    opaque_zero,
+)
 
 ROW_BYTES = gl.constexpr(656)
 """512 e4m3, 4 scales in fp32, 64 rope columns in bf16."""
@@ -29,7 +38,11 @@ def load(arguments, tiles):
     """Piece after piece, its query and then its rows."""
     ROWS: gl.constexpr = gl.SliceLayout(1, BYTES)
     LAST: gl.constexpr = arguments.NUM_BLOCKS - 1
-    for done in range(count_pieces(arguments)):
+    MIDDLE: gl.constexpr = -1 if arguments.IS_ONE_ROUND else arguments.NUM_BLOCKS // 2
+    # what others read or write hangs on what is loaded here
+    wait_for_launch()
+    num_pieces = count_pieces(arguments)
+    for done in range(num_pieces):
         piece = piece_after(done, arguments)
         keys = keys_of(arguments, piece)
         following = load_key_block(keys, 0, ROWS)
@@ -37,6 +50,8 @@ def load(arguments, tiles):
         _load_query(arguments, piece, tiles)
         for i in range(arguments.NUM_BLOCKS):
             n = done * arguments.NUM_BLOCKS + i
+            if (i == MIDDLE) & (done + 1 < num_pieces):
+                _prefetch_query(arguments, piece_after(done + 1, arguments))
             valid = is_key(following, keys.num_keys)
             rows = gl.where(valid, following, 0)
             # the entries of the next block travel while this one is gathered
@@ -84,3 +99,18 @@ def _load_query(arguments, piece, tiles):
         copy_rows(tile, ptr + i * TILE_COLUMNS, head_dim, offs_h, exists, 0, TILE_COLUMNS, HALVES)
     copy_rows(tiles.q_rope.index(0), ptr, head_dim, offs_h, exists, WIDTH, ROPE, HALVES)
     async_copy.mbarrier_arrive(tiles.q_ready, increment_count=False)
+
+
+@gluon.jit
+def _prefetch_query(arguments, piece):
+    """The lines of a query's heads to L2, ahead of time: when a piece begins, all SMs ask for up to
+    72 KB at once. H100, 128 heads, batch 128: 354 µs become 347 with two queries a sequence."""
+    LINE: gl.constexpr = 64
+    THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    head_dim: gl.constexpr = WIDTH + ROPE
+    first_row = piece.row.to(gl.int64) * arguments.num_heads + piece.first_head
+    heads = gl.minimum(arguments.num_heads - piece.first_head, arguments.BLOCK_H)
+    for first in range(opaque_zero(), heads * head_dim, LOADER_THREADS * LINE):
+        offs = first + gl.arange(0, LOADER_THREADS, THREADS) * LINE
+        offs = gl.minimum(offs, heads * head_dim - 1)
+        prefetch_l2(arguments.q_ptr + first_row * head_dim + offs)

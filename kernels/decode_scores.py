@@ -135,30 +135,32 @@ def _prepare_query(tiles, sm_scale_log2, BLOCK_H: gl.constexpr):
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     rope = tiles.q_rope.index(0).load(LAYOUT).to(gl.float32)
-    largest = _finite_size(rope)
+    largest = gl.abs(rope)
     for i in range(opaque_zero(), QUERY_TILES):
-        x = tiles.q.index(i).load(LAYOUT).to(gl.float32)
-        largest = gl.maximum(largest, _finite_size(x))
-    # a power of two that makes the largest 2^13 to 2^14
+        largest = gl.maximum(largest, gl.abs(tiles.q.index(i).load(LAYOUT).to(gl.float32)))
+    # a power of two that makes the largest 2^13 to 2^14; an infinite one spoils its head anyway
     exponent = 267 - (gl.max(largest, 1).to(gl.int32, bitcast=True) >> 23)
     exponent = gl.minimum(exponent, 253)
     factor = (exponent << 23).to(gl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
     tiles.units.index(0).store(inverse * (sm_scale_log2 / SHARE))
     tiles.q_rope.index(0).store((rope * factor[:, None]).to(gl.bfloat16))
-    for i in range(opaque_zero(), QUERY_TILES):
-        x = (tiles.q.index(i).load(LAYOUT).to(gl.float32) * factor[:, None]).to(gl.float16)
-        x = gl.permute(gl.reshape(x, [BLOCK_H, 4, 4, 2, 2]), [0, 1, 3, 2, 4])
-        x = gl.reshape(x, [BLOCK_H, TILE_COLUMNS])
-        seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).store(x)
+    # two at a time: what is stored waits for all that load
+    for i in range(opaque_zero(), QUERY_TILES, 2):
+        left = tiles.q.index(i).load(LAYOUT).to(gl.float32) * factor[:, None]
+        right = tiles.q.index(i + 1).load(LAYOUT).to(gl.float32) * factor[:, None]
+        _store_query(tiles, i, left, BLOCK_H)
+        _store_query(tiles, i + 1, right, BLOCK_H)
     fence_async_shared()
     block_barrier()
 
 
 @gluon.jit
-def _finite_size(x):
-    """|x|, or 0 of what is not finite: it spoils its own head anyway."""
-    return gl.where(gl.abs(x) < float("inf"), gl.abs(x), 0.0)
+def _store_query(tiles, i, x, BLOCK_H: gl.constexpr):
+    """64 columns in f16, those of each 16 in the order of `_prepare_query`."""
+    x = gl.permute(gl.reshape(x.to(gl.float16), [BLOCK_H, 4, 4, 2, 2]), [0, 1, 3, 2, 4])
+    x = gl.reshape(x, [BLOCK_H, TILE_COLUMNS])
+    seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).store(x)
 
 
 @gluon.jit

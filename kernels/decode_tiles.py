@@ -66,12 +66,14 @@ class Arguments:
     HAS_SINK: gl.constexpr
     IS_RAGGED: gl.constexpr
     HEADS_MASKED: gl.constexpr
+    IS_ONE_ROUND: gl.constexpr  # no program has more than one piece
 
     @gluon.constexpr_function
     def __init__(
         self, q_ptr, cache_ptr, halves_ptr, scales_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr,
         lse_ptr, num_queries, num_slots, num_heads, topk, sm_scale_log2,
         NUM_BLOCKS, NUM_SPLITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED,
+        IS_ONE_ROUND,
     ):  # fmt: skip
         self.q_ptr = q_ptr
         self.cache_ptr = cache_ptr
@@ -94,6 +96,7 @@ class Arguments:
         self.HAS_SINK = gl.constexpr(HAS_SINK)
         self.IS_RAGGED = gl.constexpr(IS_RAGGED)
         self.HEADS_MASKED = gl.constexpr(HEADS_MASKED)
+        self.IS_ONE_ROUND = gl.constexpr(IS_ONE_ROUND)
 
 
 @aggregate

@@ -63,13 +63,14 @@ def _row_decode_kernel(
     num_queries, num_slots, num_heads, topk, sm_scale_log2,
     NUM_BLOCKS: gl.constexpr, NUM_SPLITS: gl.constexpr, BLOCK_H: gl.constexpr,
     HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr, IS_RAGGED: gl.constexpr,
-    HEADS_MASKED: gl.constexpr, OUTPUT_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    HEADS_MASKED: gl.constexpr, IS_ONE_ROUND: gl.constexpr,
+    OUTPUT_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: its four roles, piece after piece."""
     arguments = Arguments(
         q_ptr, cache_ptr, halves_ptr, scales_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
         num_queries, num_slots, num_heads, topk, sm_scale_log2,
-        NUM_BLOCKS, NUM_SPLITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED,
+        NUM_BLOCKS, NUM_SPLITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED, IS_ONE_ROUND,
     )  # fmt: skip
     tiles = allocate_tiles(BLOCK_H)
     gl.warp_specialize(
@@ -147,8 +148,9 @@ def attend_fp8_rows(
         NUM_BLOCKS=num_blocks, NUM_SPLITS=num_splits, BLOCK_H=block_h,
         HAS_LENS=topk_lens is not None, HAS_SINK=attn_sink is not None and num_splits == 1,
         IS_RAGGED=topk_lens is not None or topk != num_blocks * BLOCK_KV * num_splits,
-        HEADS_MASKED=num_heads % block_h != 0,
+        HEADS_MASKED=num_heads % block_h != 0, IS_ONE_ROUND=num_pieces <= num_sms,
         OUTPUT_REGISTERS=OUTPUT_REGISTERS, LOADER_REGISTERS=LOADER_REGISTERS, num_warps=4,
+        launch_pdl=True,
     )  # fmt: skip
     if num_splits > 1:
         combine_splits(partial_out, partial_lse, num_splits, attn_sink, out, lse)
@@ -167,7 +169,7 @@ def compile_cases() -> list[CompileCase]:
     # with 64 heads the scores spill one register a block between two barriers, the loader and the
     # storing of partial results some outside of the loops over blocks
     for label, num_splits, block_h, flags, max_spill_bytes in (
-        ("whole", 1, 64, False, 16), ("split", 16, 64, True, 48), ("few-heads", 1, 16, True, 0),
+        ("whole", 1, 64, False, 40), ("split", 16, 64, True, 48), ("few-heads", 1, 16, True, 0),
         ("few-heads-split", 16, 16, False, 0), ("32-heads", 2, 32, True, 0),
     ):  # fmt: skip
         cases.append(
@@ -177,6 +179,7 @@ def compile_cases() -> list[CompileCase]:
                 signature=signature | ({"out_ptr": fp32} if num_splits > 1 else {}),
                 constexprs={
                     **dict.fromkeys(("HAS_LENS", "IS_RAGGED", "HEADS_MASKED"), flags),
+                    "IS_ONE_ROUND": num_splits > 1,
                     "HAS_SINK": flags and num_splits == 1,
                     "NUM_BLOCKS": 32 // num_splits, "NUM_SPLITS": num_splits, "BLOCK_H": block_h,
                     "OUTPUT_REGISTERS": OUTPUT_REGISTERS, "LOADER_REGISTERS": LOADER_REGISTERS,

@@ -26,11 +26,11 @@ from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.candidate_list import (
     SelectConfig,
     empty_lists,
-    let_next_launch,
     list_words,
     select_candidates,
 )
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.dependent_launch import let_next_launch, wait_for_launch
 from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.radix_select import BINS, SLACK_WORDS, SPARE_WORDS, TOP, best_of_list
 from dsa_bench.kernels.row_scan import (
@@ -139,6 +139,7 @@ def _list_kernel(
     bins.store(gl.zeros([BINS], gl.int32, LAYOUT))
     if IS_DEPENDENT:
         let_next_launch()
+        wait_for_launch()
     row = gl.program_id(1)
     part = gl.program_id(0)
     # if the range is the whole row, the sample is on its way together with the range
@@ -192,7 +193,7 @@ class TopkConfig:
     select_warps: int = 8
     """Of the second kernel."""
     is_dependent: bool = True
-    """The second kernel is launched while the first still runs: from sm_90 on."""
+    """Both kernels are launched while the one before still runs: from sm_90 on."""
 
 
 def choose_sample(length: int, topk: int) -> int:
@@ -312,7 +313,7 @@ def _launch_parts(
         TOPK=out.shape[1], CAPACITY=capacity, PART_CAPACITY=part_capacity,
         NUM_PARTS=config.parts, IS_DEPENDENT=config.is_dependent,
         **_scan_constants(config, logits.element_size()),
-        num_warps=config.num_warps, maxnreg=config.max_registers,
+        num_warps=config.num_warps, maxnreg=config.max_registers, launch_pdl=config.is_dependent,
     )  # fmt: skip
     select_candidates(
         lists, kv_start, kv_end, out.shape[1], num_cols, logits=logits, out=out,
