@@ -29,6 +29,7 @@ from dsa_bench.kernels.logit_tiles import (
     tile_layout,
 )
 from dsa_bench.kernels.paging import INDEX_DIM
+from dsa_bench.kernels.seesaw_loader import copy_to_shared
 from dsa_bench.kernels.visible_tiles import share_of_program, visible_tiles
 
 TILE_KEYS = 64
@@ -279,5 +280,5 @@ def _load_tile(k_desc, pages, page, first_key, tiles, stage):
         # of a page's 33 words a key, those behind the 32 of the values
         ptr = pages.scales_ptr + page.to(gl.int64) * (pages.PAGE_SIZE * 33)
         offs = pages.PAGE_SIZE * 32 + first_key + gl.arange(0, tiles.scales.shape[1], PAIRS)
-        async_copy.async_copy_global_to_shared(tiles.scales.index(stage), ptr + offs)
+        copy_to_shared(tiles.scales.index(stage), ptr + offs)
         async_copy.mbarrier_arrive(ready, increment_count=False)

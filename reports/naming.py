@@ -76,7 +76,8 @@ def axis_text(axis: str, value: Any) -> str:
         case "tensor_parallel":
             return f"tp {value}"
         case "chunk":
-            return f"{value} queries" if value else "whole prompts"
+            queries = "query" if value == 1 else "queries"
+            return f"{value} {queries}" if value else "whole prompts"
         case "inputs":
             return f"{value} inputs"
         case "weights":
