@@ -20,6 +20,8 @@ PREFILL_CEILINGS = {
 FP8_NOTE = " Only an fp8 stage can pass the bf16 rate."
 MAX_RATES = 6
 """Stages of which one figure shows the rates: those that take longest."""
+SAME_LEVEL = 0.04
+"""Share by which two levels must differ for both labels to be readable."""
 DECODE_CEILINGS = {"copy_bytes_per_second": "measured copy rate"}
 
 
@@ -149,18 +151,18 @@ def _longest(stages: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ceiling_marks(header: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Mark, ...]:
-    """Levels of the measured rates: solid of a burst, dashed of seconds at a stretch."""
+    """Levels of the measured rates: solid of a burst, dashed of seconds at a stretch; one for both
+    where their labels would lie upon each other."""
     burst, sustained = ceilings(header), sustained_ceilings(header)
-    marks = [
-        Mark(kind="level", y=burst[name], label=label, style="solid")
-        for name, label in names.items()
-        if name in burst
-    ]
-    marks += [
-        Mark(kind="level", y=sustained[name], label=f"{label}, sustained", style="dashed")
-        for name, label in names.items()
-        if name in sustained
-    ]
+    marks = []
+    for name, label in names.items():
+        rate, lasting = burst.get(name), sustained.get(name)
+        if rate and lasting and abs(lasting - rate) < SAME_LEVEL * rate:
+            label, lasting = f"{label}, burst and sustained", None
+        if rate is not None:
+            marks.append(Mark(kind="level", y=rate, label=label, style="solid"))
+        if lasting is not None:
+            marks.append(Mark(kind="level", y=lasting, label=f"{label}, sustained", style="dashed"))
     return tuple(marks)
 
 

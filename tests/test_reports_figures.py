@@ -150,9 +150,19 @@ def test_ceilings_of_a_burst_are_solid_and_sustained_ones_dashed() -> None:
     figure = by_name(run)["rates-prefill"]
     assert [(m.label, m.y, chart.level_style(figure, m)) for m in figure.marks] == [
         ("measured bf16 matmul rate", 786e12, "solid"),
-        ("measured fp8 matmul rate", 1.5e15, "solid"),
         ("measured bf16 matmul rate, sustained", 600e12, "dashed"),
+        ("measured fp8 matmul rate", 1.5e15, "solid"),
     ]
+
+
+@pytest.mark.parametrize(("lasting", "labels"), [(760e12, ["burst and"]), (740e12, ["", ""])])
+def test_levels_whose_labels_would_meet_are_one(lasting: float, labels: list[str]) -> None:
+    run = h100_run()
+    rates = {"bf16_flops_per_second": 786e12, "sustained_bf16_flops_per_second": lasting}
+    run.header = run.header | {"ceilings": rates}
+    marks = by_name(run)["rates-prefill"].marks
+    assert [m.y for m in marks] == [786e12, lasting][: len(labels)]
+    assert all(label in m.label for m, label in zip(marks, labels, strict=True))
 
 
 def test_rates_of_a_cpu_do_not_speak_of_fp8() -> None:
