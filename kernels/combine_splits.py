@@ -89,6 +89,7 @@ def combine_splits(
         num_rows, num_heads, num_splits,
         HAS_SINK=attn_sink is not None, IS_DEPENDENT=is_dependent, HEAD_DIM_V=head_dim_v,
         BLOCK_SPLITS=block_splits, BLOCK_D=block_d, num_warps=4,
+        # the interpreter knows no such option
         **({"launch_pdl": True} if is_dependent else {}),
     )  # fmt: skip
 

@@ -74,10 +74,15 @@ def tile_descriptors(index_q: Tensor, index_k: Tensor) -> tuple[TensorDescriptor
 
 def tile_types(dtype: torch.dtype, heads: int) -> dict[str, str]:
     """The types of the descriptors, for a compile case."""
+    return descriptor_types(dtype, choose_columns(heads), BLOCK_KV)
+
+
+def descriptor_types(dtype: torch.dtype, q_rows: int, k_rows: int) -> dict[str, str]:
+    """Of descriptors that fetch so many rows of queries and of keys."""
     name, layout = ("fp8e4nv" if dtype.itemsize == 1 else "bf16"), tile_layout(dtype)
     return {
-        "q_desc": f"tensordesc<{name}{[choose_columns(heads), INDEX_DIM]},{layout!r}>",
-        "k_desc": f"tensordesc<{name}{[BLOCK_KV, INDEX_DIM]},{layout!r}>",
+        "q_desc": f"tensordesc<{name}{[q_rows, INDEX_DIM]},{layout!r}>",
+        "k_desc": f"tensordesc<{name}{[k_rows, INDEX_DIM]},{layout!r}>",
     }
 
 

@@ -90,17 +90,8 @@ def page_descriptors(
     )
 
 
-def page_types(dtype: torch.dtype, plan: Plan) -> dict[str, str]:
-    """The types of the descriptors, for a compile case."""
-    name, layout = ("fp8e4nv" if dtype.itemsize == 1 else "bf16"), tile_layout(dtype)
-    return {
-        "q_desc": f"tensordesc<{name}{[plan.columns, INDEX_DIM]},{layout!r}>",
-        "k_desc": f"tensordesc<{name}{[TILE_KEYS, INDEX_DIM]},{layout!r}>",
-    }
-
-
 @aggregate
-class Pages:
+class PagedKeys:
     """Where the keys of a sequence lie."""
 
     table_ptr: gl.tensor

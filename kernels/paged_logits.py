@@ -31,15 +31,15 @@ from dsa_bench.kernels.logit_tiles import (
     CONSUMERS,
     HEADS_TAKEN,
     LOADER_REGISTERS,
+    descriptor_types,
 )
 from dsa_bench.kernels.page_tiles import (
     MAX_SEQ_LEN_Q,
     TILE_KEYS,
-    Pages,
+    PagedKeys,
     allocate_page_tiles,
     load_pages,
     page_descriptors,
-    page_types,
     plan_tiles,
     wait_for_share,
 )
@@ -149,7 +149,7 @@ def _paged_logits_kernel(
     SCORES: gl.constexpr = score_layout(q_desc.block_type.shape[0], DEPTH)
     KEYS: gl.constexpr = k_desc.block_type.shape[0]
     ranges = Ranges(lens_ptr, lens_ptr, num_queries, num_keys, SEQ_LEN_Q, KEYS, 1, True)
-    pages = Pages(table_ptr, scales_ptr, max_pages, PAGE_SIZE, HAS_SCALE)
+    pages = PagedKeys(table_ptr, scales_ptr, max_pages, PAGE_SIZE, HAS_SCALE)
     tiles = allocate_page_tiles(q_desc, k_desc, GROUPS, Q_SLOTS, STAGES, HAS_SCALE)
     fence_async_shared()
     gl.warp_specialize(
@@ -222,7 +222,8 @@ def compile_cases() -> list[CompileCase]:
                 name=f"paged_logits[{'fp8' if is_fp8 else 'bf16'}, {heads}, q{seq_len_q}]",
                 kernel=_paged_logits_kernel,
                 signature={
-                    **page_types(dtype, plan), "scales_ptr": fp32, "weights_ptr": fp32,
+                    **descriptor_types(dtype, plan.columns, TILE_KEYS),
+                    "scales_ptr": fp32, "weights_ptr": fp32,
                     "lens_ptr": int32, "table_ptr": int32, "logits_ptr": fp32,
                     "num_queries": "i32", "num_keys": "i32", "max_pages": "i32",
                 },

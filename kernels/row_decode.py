@@ -166,8 +166,8 @@ def compile_cases() -> list[CompileCase]:
         "sm_scale_log2": "fp32",
     }  # fmt: skip
     cases = []
-    # with 64 heads the scores spill one register a block between two barriers, the loader and the
-    # storing of partial results some outside of the loops over blocks
+    # with 64 heads the scores spill one register a block between two barriers, the loader that asks
+    # for the next query reads three a block, and the storing of partial results spills some
     for label, num_splits, block_h, flags, max_spill_bytes in (
         ("whole", 1, 64, False, 40), ("split", 16, 64, True, 48), ("few-heads", 1, 16, True, 0),
         ("few-heads-split", 16, 16, False, 0), ("32-heads", 2, 32, True, 0),

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dsa_bench import meter
+from dsa_bench import meter, nvml
 from dsa_bench.meter import CudaMeter, Flush, HostMeter, SustainedMeter
 from tests.fake_cuda import FakeClock, FakeCuda
 
@@ -184,9 +184,10 @@ def test_gpu_patched_events_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gpu_spin_covers_the_launch_of_a_short_call() -> None:
     from dsa_bench.machine import detect
 
+    if len(nvml.processes_before()) > 1:
+        pytest.skip("needs a core for itself: another test takes it between spin and launch")
     timer = CudaMeter(meter.l2_flush(detect("cuda")))
     x = torch.zeros(2**18, device="cuda")
     samples = [timer.sample(x.zero_) for _ in range(200)]
-    # another test's process may take the core between spin and launch: that is what the mark is for
-    assert sum(sample.overtaken for sample in samples) <= 2
+    assert sum(sample.overtaken for sample in samples) == 0
     assert 0.0 < timer.event_overhead < 10e-6
