@@ -1,9 +1,13 @@
-"""An output warpgroup of a program of `row_decode.py`: Oᵀ of half the columns.
+"""The two output warpgroups of a program of `row_decode.py`: Oᵀ, which fills their registers.
 
 The transposed product Vᵀ · P takes Vᵀ from registers. Pairs of columns are loaded as 16-bit numbers
 by a transposing load, so that a register has two columns of two keys; turned to f16 they are the
-even column of both and the odd column of both, each an operand of its own. So a warpgroup has
-accumulators of even and of odd columns.
+even column of both and the odd column of both, each an operand of its own. So there are
+accumulators of even and of odd columns. A product has 128 pairs of columns, two groups of a scale,
+one for each warpgroup.
+
+Both are one role of eight warps and not two of four, for the loops of all roles are to stay in the
+instruction cache: with two the same code was there twice, 6.5 KB of 35.
 """
 
 from triton.experimental import gluon
@@ -14,10 +18,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsa_bench.kernels.decode_query import prepare_columns
 from dsa_bench.kernels.decode_tiles import (
+    ALL_THREADS,
     GROUP_PAIRS,
     GROUPS,
+    OUTPUT_WARPS,
     PAIRS_TILE,
+    READY,
+    SHARES_TILE,
     STAGES,
     WIDTH,
     count_pieces,
@@ -26,87 +35,91 @@ from dsa_bench.kernels.decode_tiles import (
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, opaque_zero, seen_as
-from dsa_bench.kernels.weight_ring import ENTRY_FREE, FREE_THREADS, READY_THREADS, RING
+from dsa_bench.kernels.weight_ring import ENTRY_FREE, RING
 
+HALF_PAIRS = gl.constexpr(128)
+"""Pairs of columns of one product: two groups, one for each of its warpgroups."""
 STEP_KEYS = gl.constexpr(16)
 """Keys that one product sums over."""
+FLAG = gl.constexpr(gl.BlockedLayout([1], [32], [OUTPUT_WARPS.value], [0]))
 VALUE_PAIRS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [8, 0], [0, 8]],
         [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
+        [[16, 0], [32, 0], [64, 0]],
         [],
-        [64, 16],
+        [128, 16],
     )
 )
 """[pairs of columns, keys] as the transposing load gives them: registers, lanes, warps."""
 
 
 @gluon.jit
-def accumulate(arguments, tiles, FIRST_GROUP: gl.constexpr, READY: gl.constexpr):
-    """Piece after piece: two groups of 128 columns from FIRST_GROUP on; READY is its barrier."""
+def accumulate(arguments, tiles):
+    """Piece after piece, all columns."""
     BLOCK_H: gl.constexpr = arguments.BLOCK_H
-    OUTPUT: gl.constexpr = products(BLOCK_H)
+    OUTPUT: gl.constexpr = products(BLOCK_H, OUTPUT_WARPS)
     for done in range(count_pieces(arguments)):
-        even0 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        odd0 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        even1 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        odd1 = gl.zeros([GROUP_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        prepare_columns(tiles, done, BLOCK_H)
+        even0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        odd0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        even1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+        odd1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
         for i in range(arguments.NUM_BLOCKS):
             n = done * arguments.NUM_BLOCKS + i
             stage, slot = n % STAGES, (n + done) % RING
-            wait_at(READY + slot, READY_THREADS)
-            factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
-            if gl.min(factor, 0) < 1.0:
+            wait_at(READY + slot, ALL_THREADS)
+            if gl.max(tiles.moves.index(slot).load(FLAG), 0) != 0:
+                factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
                 even0 = even0 * factor[None, :]
                 odd0 = odd0 * factor[None, :]
                 even1 = even1 * factor[None, :]
                 odd1 = odd1 * factor[None, :]
             p = tiles.weights.index(slot)
             even0, odd0, even1, odd1 = _add_block(
-                tiles, stage, slot, FIRST_GROUP, p, even0, odd0, even1, odd1, OUTPUT
+                tiles, stage, slot, p, even0, odd0, even1, odd1, OUTPUT
             )
             mbarrier.arrive(tiles.k_free.index(stage), count=1)
-            arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+            arrive_at(ENTRY_FREE + slot, ALL_THREADS)
         slot = ((done + 1) * (arguments.NUM_BLOCKS + 1) - 1) % RING
-        wait_at(READY + slot, READY_THREADS)
+        wait_at(READY + slot, ALL_THREADS)
         factors = tiles.factors.index(slot)
         # worked out anew: kept through the loop, all that hangs on it is spilled
         piece = piece_after(done + opaque_zero(), arguments)
-        _store_output(arguments, piece, even0, odd0, factors, FIRST_GROUP * GROUP_PAIRS)
-        _store_output(arguments, piece, even1, odd1, factors, (FIRST_GROUP + 1) * GROUP_PAIRS)
-        arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+        _store_output(arguments, piece, even0, odd0, factors, 0)
+        _store_output(arguments, piece, even1, odd1, factors, HALF_PAIRS)
+        arrive_at(ENTRY_FREE + slot, ALL_THREADS)
 
 
 @gluon.jit
-def _add_block(
-    tiles, stage, slot, GROUP: gl.constexpr, p, even0, odd0, even1, odd1, OUTPUT: gl.constexpr
-):
-    """Vᵀ · P of two groups. While one product runs, the operands of the next are made."""
-    v0_even, v0_odd = _values(tiles, stage, slot, GROUP, 0, OUTPUT)
+def _add_block(tiles, stage, slot, p, even0, odd0, even1, odd1, OUTPUT: gl.constexpr):
+    """Vᵀ · P of both halves. While one product runs, the operands of the next are made."""
+    v0_even, v0_odd = _values(tiles, stage, slot, 0, 0, OUTPUT)
     for i in gl.static_range(BLOCK_KV // STEP_KEYS):
         part = p.slice(i * STEP_KEYS, STEP_KEYS, 0)
         even0 = warpgroup_mma(v0_even, part, even0, is_async=True)
         odd0 = warpgroup_mma(v0_odd, part, odd0, is_async=True)
-        v1_even, v1_odd = _values(tiles, stage, slot, GROUP + 1, i * STEP_KEYS, OUTPUT)
+        v1_even, v1_odd = _values(tiles, stage, slot, 1, i * STEP_KEYS, OUTPUT)
         even0, odd0, v0_even, v0_odd = warpgroup_mma_wait(0, deps=[even0, odd0, v0_even, v0_odd])
         even1 = warpgroup_mma(v1_even, part, even1, is_async=True)
         odd1 = warpgroup_mma(v1_odd, part, odd1, is_async=True)
         if i < BLOCK_KV // STEP_KEYS - 1:
-            v0_even, v0_odd = _values(tiles, stage, slot, GROUP, (i + 1) * STEP_KEYS, OUTPUT)
+            v0_even, v0_odd = _values(tiles, stage, slot, 0, (i + 1) * STEP_KEYS, OUTPUT)
         even1, odd1, v1_even, v1_odd = warpgroup_mma_wait(0, deps=[even1, odd1, v1_even, v1_odd])
     return even0, odd0, even1, odd1
 
 
 @gluon.jit
-def _values(tiles, stage, slot, GROUP: gl.constexpr, KEY: gl.constexpr, OUTPUT: gl.constexpr):
-    """Even and odd columns of a group, of 16 keys: each [64, 16] f16, operands in registers."""
+def _values(tiles, stage, slot, HALF: gl.constexpr, KEY: gl.constexpr, OUTPUT: gl.constexpr):
+    """Even and odd columns of two groups, of 16 keys: each [128, 16] f16, operands in registers."""
     pairs = seen_as(tiles.k.index(stage), gl.int16, WIDTH // 2, PAIRS_TILE)
-    pairs = pairs.slice(GROUP * GROUP_PAIRS, GROUP_PAIRS, 1).slice(KEY, STEP_KEYS, 0)
+    pairs = pairs.slice(HALF * HALF_PAIRS, HALF_PAIRS, 1).slice(KEY, STEP_KEYS, 0)
     pairs = pairs.permute((1, 0)).load(VALUE_PAIRS)
-    shares = tiles.shares.index(slot * GROUPS + GROUP).slice(KEY, STEP_KEYS, 0)
-    shares = shares.load(gl.SliceLayout(0, VALUE_PAIRS))
-    shares, pairs = gl.broadcast(shares[None, :], pairs)
+    pairs = gl.reshape(pairs, [2, GROUP_PAIRS, STEP_KEYS])
+    shares = seen_as(tiles.shares.index(slot), gl.float16, BLOCK_KV, SHARES_TILE, GROUPS)
+    shares = shares.slice(2 * HALF, 2, 0).slice(KEY, STEP_KEYS, 1)
+    shares = shares.load(gl.SliceLayout(1, pairs.type.layout))
+    shares, pairs = gl.broadcast(gl.expand_dims(shares, 1), pairs)
     even, odd = gl.inline_asm_elementwise(
         """{ .reg .b16 a, b; .reg .b32 w, h0, h1;
         prmt.b32 w, $2, $2, 0x3120; mov.b32 {a, b}, w;
@@ -118,6 +131,8 @@ def _values(tiles, stage, slot, GROUP: gl.constexpr, KEY: gl.constexpr, OUTPUT: 
         is_pure=True,
         pack=2,
     )
+    even = gl.reshape(even, [HALF_PAIRS, STEP_KEYS])
+    odd = gl.reshape(odd, [HALF_PAIRS, STEP_KEYS])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     even = gl.convert_layout(even, OPERAND, assert_trivial=True)
     return even, gl.convert_layout(odd, OPERAND, assert_trivial=True)
@@ -126,7 +141,7 @@ def _values(tiles, stage, slot, GROUP: gl.constexpr, KEY: gl.constexpr, OUTPUT: 
 @gluon.jit
 def _store_output(arguments, piece, even, odd, factors, FIRST: gl.constexpr):
     """Pairs of columns: a word of two bf16, or two fp32 of a split; eight lanes write one head."""
-    OUTPUT: gl.constexpr = products(arguments.BLOCK_H)
+    OUTPUT: gl.constexpr = products(arguments.BLOCK_H, OUTPUT_WARPS)
     factor = factors.load(gl.SliceLayout(0, OUTPUT))
     even = even * factor[None, :]
     odd = odd * factor[None, :]
@@ -160,7 +175,7 @@ def _store_output(arguments, piece, even, odd, factors, FIRST: gl.constexpr):
 def _pair_offsets(
     BLOCK_H: gl.constexpr, FIRST: gl.constexpr, ELEMENTS: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """[pairs of a group, heads]: where the pair, of so many elements, stands among all heads'."""
+    """[pairs of a half, heads]: where the pair, of so many elements, stands among all heads'."""
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
-    offs_d = FIRST + gl.arange(0, GROUP_PAIRS, gl.SliceLayout(1, LAYOUT))
+    offs_d = FIRST + gl.arange(0, HALF_PAIRS, gl.SliceLayout(1, LAYOUT))
     return offs_h[None, :] * (ELEMENTS * WIDTH // 2) + offs_d[:, None] * ELEMENTS

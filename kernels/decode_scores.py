@@ -17,10 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsa_bench.kernels.decode_query import QUERY_PARTS, prepare_rope
 from dsa_bench.kernels.decode_tiles import (
+    ALL_THREADS,
     GROUPS,
     PAIRS_TILE,
     QUERY_TILES,
+    READY,
+    SHARE,
+    SHARES_TILE,
     STAGES,
     TILE_COLUMNS,
     VOTE,
@@ -34,19 +39,10 @@ from dsa_bench.kernels.seesaw_tiles import (
     BLOCK_KV,
     LN_2,
     LOG2_E,
-    NO_MAXIMUM,
     opaque_zero,
     seen_as,
 )
-from dsa_bench.kernels.shared_words import block_barrier
-from dsa_bench.kernels.weight_ring import (
-    ENTRY_FREE,
-    FREE_THREADS,
-    LEFT_READY,
-    READY_THREADS,
-    RIGHT_READY,
-    RING,
-)
+from dsa_bench.kernels.weight_ring import ENTRY_FREE, RING
 
 SHIFT = gl.constexpr(6.0)
 """Weights are multiplied by 2^6, so that small ones are not lost in f16, ..."""
@@ -54,15 +50,13 @@ SLACK = 8.0
 """... whose largest is 2^16: a head's largest weight may grow by 2^8, to 2^14, before its reference
 is set anew, and the outputs with it."""
 IS_ABOVE_ASM = gl.constexpr(
-    f".reg .pred is_above; setp.gt.f32 is_above, $1, 0f{struct.pack('>f', SLACK).hex()};"
-    " mov.b32 $0, 0;"
+    ".reg .pred is_above; setp.gt.f32 is_above, $1,"
+    f" 0f{struct.pack('>f', SHIFT.value + SLACK).hex()}; mov.b32 $0, 0;"
 )
 """Declares the predicate outside of braces, so that the assembly of `vote_asm` sees it."""
-SHARE = gl.constexpr(64.0)
-"""What the largest scale of a row becomes, for the others are to be f16 too: in full precision down
-to 2^-20 of it."""
 LEAST_SCALE = gl.constexpr(2.0**-40)
 """Rows of smaller scales count as if their largest were this: its inverse is to be finite."""
+FLAG = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 KEY_PAIRS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [8, 0], [0, 8], [0, 16]],
@@ -73,6 +67,9 @@ KEY_PAIRS = gl.constexpr(
     )
 )
 """[keys, pairs of columns] as `ldmatrix` gives them: registers, lanes, warps."""
+COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [4, 8], [1, 4], [1, 0]))
+"""[32, heads] of `lane_sums`, reduced by two shuffles: as they lie it takes three for each of 16
+heads, and two trips through shared memory behind them, 2 µs a piece."""
 # the four lanes that share a row have all scales of it
 KEY_SCALES = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -100,67 +97,30 @@ def score(arguments, tiles):
     """Piece after piece: a block's weights and factor -> ring; at the end the last factor, and the
     logarithm of the sum to memory."""
     BLOCK_H: gl.constexpr = arguments.BLOCK_H
-    SCORES: gl.constexpr = products(BLOCK_H)
-    SUMS: gl.constexpr = lane_sums(BLOCK_H)
+    HEADS: gl.constexpr = gl.SliceLayout(0, products(BLOCK_H))
     for done in range(count_pieces(arguments)):
         piece = piece_after(done, arguments)
-        reference = gl.full([BLOCK_H], NO_MAXIMUM, gl.float32, gl.SliceLayout(0, SCORES))
-        sums = gl.zeros([32, BLOCK_H], gl.float32, SUMS)
+        is_set = opaque_zero()
+        sums = gl.zeros([32, BLOCK_H], gl.float32, lane_sums(BLOCK_H))
         first = done * arguments.NUM_BLOCKS
         entry = first + done
-        mbarrier.wait(tiles.q_ready, done & 1)
-        _prepare_query(tiles, arguments.sm_scale_log2, BLOCK_H)
+        prepare_rope(tiles, done, arguments.sm_scale_log2)
+        tiles.references.index(0).store(gl.zeros([BLOCK_H], gl.float32, HEADS))
+        wait_at(QUERY_PARTS, ALL_THREADS)
         for i in range(arguments.NUM_BLOCKS):
-            s, shares, largest, bias = _multiply(arguments, tiles, first + i)
+            s, key_columns, head_columns = _multiply(arguments, tiles, first + i, entry + i)
             mbarrier.arrive(tiles.k_free.index((first + i) % STAGES), count=1)
-            reference, sums = _weigh(
-                arguments, s, shares, largest, bias, reference, sums, tiles, entry + i
+            is_set, sums = _weigh(
+                arguments, s, key_columns, head_columns, is_set, sums, tiles, entry + i
             )
         mbarrier.arrive(tiles.q_free, count=1)
-        total = gl.convert_layout(gl.sum(sums, 0), gl.SliceLayout(0, SCORES))
+        reference = tiles.references.index(0).load(HEADS)
+        total = gl.convert_layout(gl.sum(gl.convert_layout(sums, COLUMNS), 0), HEADS)
         # worked out anew: kept through the loop, row and offsets are spilled
         piece = piece_after(done + opaque_zero(), arguments)
         _finish(arguments, tiles, entry + arguments.NUM_BLOCKS, reference, total, piece)
     for slot in gl.static_range(RING):
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
-
-
-@gluon.jit
-def _prepare_query(tiles, sm_scale_log2, BLOCK_H: gl.constexpr):
-    """Turn the query to f16, in place: each head multiplied by a power of two, which its unit takes
-    back, and the columns of each 16 in another order.
-
-    `ldmatrix` gives a thread four bytes of 16 columns of a key, 4c … 4c + 3, where a product wants
-    the columns 2c, 2c + 1, 2c + 8, 2c + 9 of it: they are called so, and the query's follow.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    rope = tiles.q_rope.index(0).load(LAYOUT).to(gl.float32)
-    largest = gl.abs(rope)
-    for i in range(opaque_zero(), QUERY_TILES):
-        largest = gl.maximum(largest, gl.abs(tiles.q.index(i).load(LAYOUT).to(gl.float32)))
-    # a power of two that makes the largest 2^13 to 2^14; an infinite one spoils its head anyway
-    exponent = 267 - (gl.max(largest, 1).to(gl.int32, bitcast=True) >> 23)
-    exponent = gl.minimum(exponent, 253)
-    factor = (exponent << 23).to(gl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
-    tiles.units.index(0).store(inverse * (sm_scale_log2 / SHARE))
-    tiles.q_rope.index(0).store((rope * factor[:, None]).to(gl.bfloat16))
-    # two at a time: what is stored waits for all that load
-    for i in range(opaque_zero(), QUERY_TILES, 2):
-        left = tiles.q.index(i).load(LAYOUT).to(gl.float32) * factor[:, None]
-        right = tiles.q.index(i + 1).load(LAYOUT).to(gl.float32) * factor[:, None]
-        _store_query(tiles, i, left, BLOCK_H)
-        _store_query(tiles, i + 1, right, BLOCK_H)
-    fence_async_shared()
-    block_barrier()
-
-
-@gluon.jit
-def _store_query(tiles, i, x, BLOCK_H: gl.constexpr):
-    """64 columns in f16, those of each 16 in the order of `_prepare_query`."""
-    x = gl.permute(gl.reshape(x.to(gl.float16), [BLOCK_H, 4, 4, 2, 2]), [0, 1, 3, 2, 4])
-    x = gl.reshape(x, [BLOCK_H, TILE_COLUMNS])
-    seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).store(x)
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
 
 
 @gluon.jit
@@ -170,12 +130,14 @@ def _query_tile(tiles, i, BLOCK_H: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(arguments, tiles, n):
-    """(K · Qᵀ of block n in units of each row's largest scale, the rows' shares, that scale)."""
+def _multiply(arguments, tiles, n, entry):
+    """K · Qᵀ of block n in units of each row's largest scale; (that scale, 0 or -inf) of the keys,
+    (unit, reference) of the heads. The rows' shares -> ring, once the entry is free."""
     BLOCK_H: gl.constexpr = arguments.BLOCK_H
     SCORES: gl.constexpr = products(BLOCK_H)
-    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    stage = n % STAGES
+    KEYS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    HEADS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    stage, slot = n % STAGES, entry % RING
     z = opaque_zero()
     mbarrier.wait(tiles.k_ready.index(stage), n // STAGES & 1)
     scales = tiles.scales.index(stage).load(KEY_SCALES)
@@ -184,7 +146,10 @@ def _multiply(arguments, tiles, n):
     largest = ((largest + 0x7FFFFF) & 0x7F800000).to(gl.float32, bitcast=True)
     inverse = SHARE / largest
     shares = (scales * inverse[:, None]).to(gl.float16)
-    inverse = gl.convert_layout(inverse, ROWS, assert_trivial=True)
+    inverse = gl.convert_layout(inverse, KEYS, assert_trivial=True)
+    largest = gl.convert_layout(largest, KEYS, assert_trivial=True)
+    if entry >= RING:
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
     parts = _of_groups(shares)
     pairs = seen_as(tiles.k.index(stage), gl.int16, WIDTH // 2, PAIRS_TILE)
     words = load_pairs(pairs, 0)
@@ -195,6 +160,8 @@ def _multiply(arguments, tiles, n):
     )
     operand = key_operand(words, parts[0], SCORES)
     words = load_pairs(pairs, 1)
+    shares_tile = seen_as(tiles.shares.index(slot), gl.float16, BLOCK_KV, SHARES_TILE, GROUPS)
+    shares_tile.permute((1, 0)).store(shares)
     s = warpgroup_mma(operand, _query_tile(tiles, z, BLOCK_H), s, is_async=True)
     s, rope = warpgroup_mma_wait(1, deps=[s, rope])
     for i in gl.static_range(1, QUERY_TILES):
@@ -205,9 +172,12 @@ def _multiply(arguments, tiles, n):
         s = warpgroup_mma(following, _query_tile(tiles, z + i, BLOCK_H), s, is_async=True)
         s, operand = warpgroup_mma_wait(1, deps=[s, operand])
         operand = following
+    # asked for before the wait, not behind it
+    bias = tiles.biases.index(stage).load(KEYS)
+    unit = tiles.units.index(0).load(HEADS)
+    reference = tiles.references.index(0).load(HEADS)
     s, operand = warpgroup_mma_wait(0, deps=[s, operand])
-    bias = tiles.biases.index(stage).load(ROWS)
-    return s, shares, gl.convert_layout(largest, ROWS, assert_trivial=True), bias
+    return s, (largest, bias), (unit, reference)
 
 
 @gluon.jit
@@ -259,35 +229,43 @@ def key_operand(pairs, share, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(arguments, s, shares, largest, bias, reference, sums, tiles, entry):
-    """P · (the row's largest scale) = 2^(logit + log2 of that scale - reference + SHIFT) -> ring;
-    returns the reference and Σ P."""
-    SCORES: gl.constexpr = products(arguments.BLOCK_H)
+def _weigh(arguments, s, key_columns, head_columns, is_set, sums, tiles, entry):
+    """P · (the row's largest scale) = 2^(logit + log2 of that scale - reference) -> ring; returns
+    whether the reference is set, and Σ P.
+
+    A piece's first keys set the reference, so that the largest weight is 2^SHIFT; later ones raise
+    it once one is 2^SLACK times that, and all weights and sums so far shrink by the factor.
+    """
+    HEADS: gl.constexpr = gl.SliceLayout(0, products(arguments.BLOCK_H))
     SUMS: gl.constexpr = lane_sums(arguments.BLOCK_H)
-    log2_largest = ((largest.to(gl.int32, bitcast=True) >> 23) - 127).to(gl.float32)
-    units = tiles.units.index(0).load(gl.SliceLayout(0, SCORES))
-    s = s * (largest[:, None] * units[None, :]) + (log2_largest + bias)[:, None]
+    largest, bias = key_columns
+    unit, reference = head_columns
     slot = entry % RING
-    factor = gl.full_like(reference, 1.0)
-    if _any_above(s - reference[None, :], arguments.BLOCK_H):
-        best = gl.maximum(reference, gl.max(s, 0))
-        factor = gl.exp2(reference - best)
-        reference = best
+    log2_largest = ((largest.to(gl.int32, bitcast=True) >> 23) - 127).to(gl.float32)
+    s = s * (largest[:, None] * unit[None, :]) + (log2_largest + bias)[:, None]
+    s = s - reference[None, :]
+    moves = _any_above(s, arguments.BLOCK_H) | (is_set ^ 1)
+    tiles.moves.index(slot).store(gl.full([1], moves, gl.int32, FLAG))
+    if moves != 0:
+        best = gl.max(gl.convert_layout(_lane_maxima(s, arguments.BLOCK_H), COLUMNS), 0)
+        best = gl.convert_layout(best, HEADS)
+        step = gl.where((best > SHIFT) | (is_set == 0), best - SHIFT, 0.0)
+        # of no key yet
+        step = gl.where(best == -float("inf"), 0.0, step)
+        is_set = (gl.max(best, 0) != -float("inf")).to(gl.int32)
+        s = s - step[None, :]
+        tiles.references.index(0).store(reference + step)
+        # where it is set, sums and outputs are 0: they must not become NaN
+        factor = gl.exp2(-gl.maximum(step, 0.0))
         sums = sums * gl.convert_layout(factor, gl.SliceLayout(0, SUMS))[None, :]
-    p = gl.exp2(s - (reference - SHIFT)[None, :])
-    if entry >= RING:
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
-    tiles.factors.index(slot).store(factor)
-    parts = _of_groups(shares)
-    for group in gl.static_range(GROUPS):
-        tiles.shares.index(slot * GROUPS + group).store(parts[group])
+        tiles.factors.index(slot).store(factor)
+    p = gl.exp2(s)
     tiles.weights.index(slot).store(p.to(gl.float16))
     # between the stores and the fence that waits for them
     sums = sums + _lane_sums(p * (1.0 / largest)[:, None], arguments.BLOCK_H, SUMS)
     fence_async_shared()
-    arrive_at(LEFT_READY + slot, READY_THREADS)
-    arrive_at(RIGHT_READY + slot, READY_THREADS)
-    return reference, sums
+    arrive_at(READY + slot, ALL_THREADS)
+    return is_set, sums
 
 
 @gluon.jit
@@ -297,6 +275,12 @@ def _lane_sums(p, BLOCK_H: gl.constexpr, SUMS: gl.constexpr):
     return gl.convert_layout(gl.reshape(p, [32, BLOCK_H]), SUMS, assert_trivial=True)
 
 
+@gluon.jit
+def _lane_maxima(x, BLOCK_H: gl.constexpr):
+    """[32, heads]: the larger of the two that each thread has of a column."""
+    return gl.reshape(gl.max(gl.reshape(x, [4, 2, 8, BLOCK_H]), 1), [32, BLOCK_H])
+
+
 @gluon.constexpr_function
 def vote_asm(barrier):
     return f"{{ .reg .pred p; bar.red.or.pred p, {barrier}, 128, is_above; selp.b32 $0, 1, 0, p; }}"
@@ -304,13 +288,14 @@ def vote_asm(barrier):
 
 @gluon.jit
 def _any_above(x, BLOCK_H: gl.constexpr):
-    """Whether an element is above SLACK: each thread looks at its own, then all meet at a barrier
-    that ors. A reduction by shuffles and shared memory takes 800 cycles, which all wait for.
+    """Whether an element is above SHIFT + SLACK: each thread looks at its own, then all meet at a
+    barrier that ors. A reduction by shuffles and shared memory takes 800 cycles, which all wait
+    for.
 
     A predicate of the assembly carries each thread's answer from one piece to the next, for an
     answer that the compiler takes for the same in all threads may not depend on a tensor.
     """
-    x = gl.max(gl.reshape(x, [4, 2, 8, BLOCK_H]), 1)
+    x = _lane_maxima(x, BLOCK_H)
     x = gl.max(gl.max(gl.reshape(x, [32, BLOCK_H // 8, 4, 2]), 3), 1)
     gl.inline_asm_elementwise(IS_ABOVE_ASM, "=r,f", [x], dtype=gl.int32, is_pure=False, pack=1)
     found = gl.inline_asm_elementwise(
@@ -328,15 +313,14 @@ def _finish(arguments, tiles, entry, reference, total, piece):
     denominator = total
     if arguments.HAS_SINK:
         sink = gl.load(arguments.sink_ptr + offs_h, mask=exists, other=0.0)
-        denominator = total + gl.exp2(sink * LOG2_E - (reference - SHIFT))
+        denominator = total + gl.exp2(sink * LOG2_E - reference)
     slot = entry % RING
     if entry >= RING:
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
     # == 0 and not > 0: NaN of a key must show
     tiles.factors.index(slot).store(gl.where(total == 0, 0.0, 1.0 / (SHARE * denominator)))
-    arrive_at(LEFT_READY + slot, READY_THREADS)
-    arrive_at(RIGHT_READY + slot, READY_THREADS)
-    log2_sum = reference - SHIFT + gl.log2(total)
+    arrive_at(READY + slot, ALL_THREADS)
+    log2_sum = reference + gl.log2(total)
     row = (piece.split * arguments.num_queries + piece.row) * arguments.num_heads
     if arguments.NUM_SPLITS > 1:
         lse = gl.where(total == 0, -float("inf"), log2_sum)

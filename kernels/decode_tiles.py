@@ -1,4 +1,4 @@
-"""What the four roles of a program of `row_decode.py` share: its arguments, shared memory,
+"""What the three roles of a program of `row_decode.py` share: its arguments, shared memory,
 barriers and layouts."""
 
 from triton.experimental import gluon
@@ -21,13 +21,24 @@ GROUP_PAIRS = gl.constexpr(64)
 """Pairs of columns that share a scale; and the M of one product of the outputs."""
 STAGES = gl.constexpr(3)
 """Blocks of keys in shared memory."""
+READY = gl.constexpr(8)
+"""Named barriers of the ring's entries: an entry is filled; ENTRY_FREE says that it was used."""
+ALL_THREADS = gl.constexpr(384)
+"""Of the scores and the outputs."""
+OUTPUT_WARPS = gl.constexpr(8)
 VOTE = gl.constexpr(14)
 """Named barrier at which the scores' threads ask each other."""
+
+SHARE = gl.constexpr(64.0)
+"""What the largest scale of a row becomes, for the others are to be f16 too: in full precision down
+to 2^-20 of it."""
 
 BYTES_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
 PAIRS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 """The bytes of a BYTES_TILE seen as pairs of columns."""
 SCALES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+SHARES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+"""[GROUPS, BLOCK_KV]: an entry's shares as they are stored."""
 
 
 @gluon.constexpr_function
@@ -36,9 +47,9 @@ def weights_tile(heads):
 
 
 @gluon.constexpr_function
-def products(heads):
-    """Accumulators of one warpgroup: [64 keys, heads] of scores, [64 pairs, heads] of outputs."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, heads, 16])
+def products(heads, warps=4):
+    """Accumulators: [64 keys, heads] of scores, [128 pairs, heads] of outputs."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, heads, 16])
 
 
 @aggregate
@@ -103,16 +114,19 @@ class Arguments:
 class Tiles:
     """Shared memory of one program, and its mbarriers."""
 
-    q: gl.shared_memory_descriptor  # [QUERY_TILES, BLOCK_H, 64] bf16, then f16 (`_prepare_query`)
+    q: gl.shared_memory_descriptor  # [QUERY_TILES, BLOCK_H, 64] bf16, then f16 (`decode_query.py`)
     q_rope: gl.shared_memory_descriptor  # [1, BLOCK_H, ROPE] bf16
     k: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, WIDTH] e4m3 as int8
     k_rope: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, ROPE] bf16
     scales: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, GROUPS] fp32
     biases: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV] fp32: 0, or -inf where there is no key
     weights: gl.shared_memory_descriptor  # [RING, BLOCK_KV, BLOCK_H] f16
-    shares: gl.shared_memory_descriptor  # [RING · GROUPS, BLOCK_KV] f16: scale / largest of the row
+    shares: gl.shared_memory_descriptor  # [RING, GROUPS · BLOCK_KV] f16: scale / largest of the row
+    largest: gl.shared_memory_descriptor  # [2, BLOCK_H] int32: bits of a head's largest, by parts
     units: gl.shared_memory_descriptor  # [1, BLOCK_H] fp32: what a head's scores are multiplied by
-    factors: gl.shared_memory_descriptor  # [RING, BLOCK_H] fp32: outputs are multiplied by it first
+    references: gl.shared_memory_descriptor  # [1, BLOCK_H] fp32: what weights are relative to
+    factors: gl.shared_memory_descriptor  # [RING, BLOCK_H] fp32: outputs are multiplied by it ...
+    moves: gl.shared_memory_descriptor  # [RING, 1] int32: ... first, where this is not 0
     q_ready: gl.shared_memory_descriptor
     q_free: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor  # [STAGES], as k_free
@@ -120,8 +134,8 @@ class Tiles:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, q_rope, k, k_rope, scales, biases, weights, shares, units, factors,
-        q_ready, q_free, k_ready, k_free,
+        self, q, q_rope, k, k_rope, scales, biases, weights, shares, largest, units, references,
+        factors, moves, q_ready, q_free, k_ready, k_free,
     ):  # fmt: skip
         self.q = q
         self.q_rope = q_rope
@@ -131,8 +145,11 @@ class Tiles:
         self.biases = biases
         self.weights = weights
         self.shares = shares
+        self.largest = largest
         self.units = units
+        self.references = references
         self.factors = factors
+        self.moves = moves
         self.q_ready = q_ready
         self.q_free = q_free
         self.k_ready = k_ready
@@ -147,12 +164,15 @@ def allocate_tiles(BLOCK_H: gl.constexpr):
     k_rope = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_KV, ROPE], TILE)
     scales = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_KV, GROUPS], SCALES_TILE)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_KV], VECTOR)
-    shares = gl.allocate_shared_memory(gl.float16, [RING * GROUPS, BLOCK_KV], VECTOR)
+    shares = gl.allocate_shared_memory(gl.float16, [RING, GROUPS * BLOCK_KV], VECTOR)
     weights = gl.allocate_shared_memory(
         gl.float16, [RING, BLOCK_KV, BLOCK_H], weights_tile(BLOCK_H)
     )
+    largest = gl.allocate_shared_memory(gl.int32, [2, BLOCK_H], VECTOR)
     units = gl.allocate_shared_memory(gl.float32, [1, BLOCK_H], VECTOR)
+    references = gl.allocate_shared_memory(gl.float32, [1, BLOCK_H], VECTOR)
     factors = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_H], VECTOR)
+    moves = gl.allocate_shared_memory(gl.int32, [RING, 1], VECTOR)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -162,11 +182,11 @@ def allocate_tiles(BLOCK_H: gl.constexpr):
     for j in gl.static_range(STAGES):
         # each thread for its copies, and one for the biases, which are stored
         mbarrier.init(k_ready.index(j), count=LOADER_THREADS + 1)
-        # the scores and both outputs
-        mbarrier.init(k_free.index(j), count=3)
+        # the scores and the outputs
+        mbarrier.init(k_free.index(j), count=2)
     return Tiles(
-        q, q_rope, k, k_rope, scales, biases, weights, shares, units, factors,
-        q_ready, q_free, k_ready, k_free,
+        q, q_rope, k, k_rope, scales, biases, weights, shares, largest, units, references,
+        factors, moves, q_ready, q_free, k_ready, k_free,
     )  # fmt: skip
 
 

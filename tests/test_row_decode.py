@@ -17,6 +17,7 @@ from dsa_bench.kernels.sparse_decode import (
 )
 from tests import hostile, hostile_cache
 from tests.gluon_emulator import Deadlock, EmulationError, emulated_gluon
+from tests.gluon_emulator.memory import SharedTile
 
 KERNEL = "dsa_bench.kernels.row_decode"
 NUM_SMS = 132
@@ -112,6 +113,11 @@ def late_keys(inputs):
     return replace(inputs, topk_slots=slots.view_as(inputs.topk_slots))
 
 
+def late_low_keys(inputs):
+    """The first key of a query comes blocks late, and has a logit far below 0."""
+    return late_keys(hostile_cache.LEVELS["far-below"](inputs))
+
+
 def shortened(inputs):
     """Lengths at the edges of blocks and of int32, of lists that are valid throughout."""
     lens = torch.tensor([-(2**31), -1, 0, 1, 63, 64, 65, 128, 2**31 - 1], dtype=torch.int32)
@@ -138,6 +144,7 @@ EMULATED = [
     case(32, 1, 2, decode_shape(2, 250, 70, seq_len_q=2)),
     case(64, 1, 1, decode_shape(6, 1, 3, page_size=3)),
     case(16, 1, 1, decode_shape(4, 300, 8), late_keys),
+    case(16, 1, 1, decode_shape(4, 300, 8), late_low_keys),
     case(16, 1, 2, decode_shape(9, 129, 8), shortened),
     # splits: each one block, some of them short, several pieces a program
     case(16, 5, NUM_SMS, decode_shape(1, 300, 20)),
@@ -205,8 +212,8 @@ def test_emulated_whatever_is_slow(seed):
     hostile.assert_right("sparse_decode", inputs, outputs)
 
 
-class NeverSmaller:
-    """Gluon whose minimum is 1: no factor seems to change the outputs."""
+class NoneMoves:
+    """Gluon whose maximum is 0: no reference seems to have moved."""
 
     def __init__(self, real):
         self.real = real
@@ -214,19 +221,29 @@ class NeverSmaller:
     def __getattr__(self, name):
         return getattr(self.real, name)
 
-    def min(self, x, axis):
-        return torch.ones(())
+    def max(self, x, axis):
+        return torch.zeros((), dtype=torch.int32)
+
+
+def other_groups(real):
+    """`seen_as` that gives the shares of the groups in another order."""
+
+    def seen_as(tile, dtype, columns, layout, rows=64):
+        seen = real(tile, dtype, columns, layout, rows)
+        return seen if rows != 4 else SharedTile(seen.data.flip(0), seen.mark.flip(0))
+
+    return seen_as
 
 
 MISTAKES = {
     "stages-differ": {"decode_loader__STAGES": lambda stages: stages - 1},
     "ring-too-short": {"decode_outputs__RING": lambda ring: ring - 1},
-    "outputs-not-rescaled": {"decode_outputs__gl": NeverSmaller},
+    "outputs-not-rescaled": {"decode_outputs__gl": NoneMoves},
     "reference-never-moves": {"decode_scores___any_above": lambda _: lambda x, heads: False},
     "shares-in-another-order": {
         "decode_scores___of_groups": lambda real: lambda shares: real(shares)[::-1]
     },
-    "shares-of-another-entry": {"decode_outputs__GROUPS": lambda groups: groups - 1},
+    "shares-of-other-groups": {"decode_outputs__seen_as": other_groups},
     "logarithm-to-base-2": {"decode_scores__LN_2": lambda _: 1.0},
 }
 
@@ -286,7 +303,11 @@ def test_hard_numbers(mutate, shape, name):
 @pytest.mark.gpu
 @implementations
 @shapes
-@pytest.mark.parametrize("mutate", hostile_cache.LEVELS.values(), ids=hostile_cache.LEVELS)
+@pytest.mark.parametrize(
+    "mutate",
+    [*hostile_cache.LEVELS.values(), late_low_keys],
+    ids=[*hostile_cache.LEVELS, "late-low-keys"],
+)
 def test_reference_follows_the_logits(mutate, shape, name):
     hostile.assert_right("sparse_decode", *run_on_gpu(name, shape, mutate))
 

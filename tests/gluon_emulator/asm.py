@@ -67,6 +67,15 @@ def product(text: str, arguments: list[Any]) -> Tensor:
     return result
 
 
+def product_in_f16(text: str, arguments: list[Any]) -> Tensor:
+    return product(text, arguments).to(torch.float16)
+
+
+def larger_bits(text: str, arguments: list[Any]) -> Tensor:
+    """(int16, bf16) -> the larger of the first and the second's bits without its sign."""
+    return torch.maximum(arguments[0], arguments[1].contiguous().view(torch.int16) & 0x7FFF)
+
+
 def split_bytes(text: str, arguments: list[Any]) -> tuple[Tensor, Tensor]:
     """int16 -> its low and its high byte, int8."""
     pairs = arguments[0].contiguous().view(torch.int8).view(*arguments[0].shape, 2)
@@ -277,6 +286,8 @@ MODELS: dict[str, Model] = {
     "barrier.sync": named_barrier,
     "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
     "mul.bf16x2 $0, $1, $2;": product,
+    "cvt.rn.f16x2.f32 $0, high, low;": product_in_f16,
+    "max.u16x2 $0, $1, bits;": larger_bits,
     "mov.b32 {a, b}, $2;": e4m3_columns_to_f16,
     "prmt.b32 w, $2, $2, 0x3120;": e4m3_rows_to_f16,
     "mov.b32 $0, 0;": opaque_zero,

@@ -1,5 +1,6 @@
 """Global pointers with bounds, shared memory that starts as NaN, asynchronous copies into it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,6 +134,11 @@ class SharedTile:
 
     def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> "SharedTile":
         data = self.data.view(dtype)
+        if data.dim() == 1 and data.numel() == math.prod(shape):
+            # a vector has no swizzle that another shape would see
+            return SharedTile(
+                data.view(*shape), self.mark.view(SAME_WIDTH[dtype.itemsize]).view(*shape)
+            )
         if list(data.shape) != list(shape):
             raise EmulationError(f"{self.shape} {self.dtype} seen as {dtype} is {list(data.shape)}")
         return SharedTile(data, self.mark.view(SAME_WIDTH[dtype.itemsize]))
