@@ -43,12 +43,11 @@ from dsa_bench.baselines.dense_decode_splits import allocate, choose_num_splits,
 from dsa_bench.baselines.key_pages import KeyPages
 from dsa_bench.kernels.combine_splits import MAX_SPLITS
 from dsa_bench.kernels.compile_case import CompileCase
+from dsa_bench.kernels.online_softmax import NO_MAXIMUM, softmax_step
 from dsa_bench.operator import Implementation, Machine
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-NO_MAXIMUM = tl.constexpr(-1e30)
-"""Running maximum before the first key; finite, so that no difference of two is NaN."""
 
 HALF = 256
 
@@ -65,15 +64,6 @@ def _score_mha(q_nope, q_rope, k_nope_desc, k_rope_desc, kv_begin, column):
     k_rope = k_rope_desc.load([kv_begin, column + q_nope.shape[1]])
     scores = tl.dot(q_nope, k_nope.T)
     return tl.dot(q_rope, k_rope.T, scores)
-
-
-@triton.jit
-def _softmax_step(scores, row_max, row_sum, qk_scale_log2):
-    """Weights against the maximum so far; `rescale` is due to what was summed before."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale_log2)
-    rescale = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores * qk_scale_log2 - new_max[:, None])
-    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -116,7 +106,7 @@ def _dense_prefill_kernel(
 
     scores = _score_mha(q_nope, q_rope, k_nope_desc, k_rope_desc, 0, column)
     scores = _mask(scores, 0, last_visible)
-    weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale_log2)
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale_log2)
     # the value product of block i - 1 is issued before the softmax of block i and runs beside it
     for phase in tl.static_range(2):
         first = 1 if phase == 0 else tl.maximum(first_masked, 1)
@@ -127,14 +117,14 @@ def _dense_prefill_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
             if phase == 1:
                 scores = _mask(scores, i * BLOCK_KV, last_visible)
-            weights, rescale, row_max, row_sum = _softmax_step(
+            weights, rescale, row_max, row_sum = softmax_step(
                 scores, row_max, row_sum, qk_scale_log2
             )
     v = v_desc.load([(end - 1) * BLOCK_KV, column_v])
     acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
 
     out_desc.store([q_begin, column_v], (acc / row_sum[:, None]).to(out_desc.dtype))
-    lse = (row_max + tl.log2(row_sum)) * LN_2
+    lse = (row_max * qk_scale_log2 + tl.log2(row_sum)) * LN_2
     tl.store(lse_ptr + offs_q.to(tl.int64) * num_heads + head, lse, offs_q < seq_len_q)
 
 
@@ -184,7 +174,7 @@ def _dense_decode_kernel(
         scores = tl.dot(q_right, kv_right.T, scores)
         scores = tl.dot(q_rope, kv_rope.T, scores)
         scores = _mask(scores, kv_begin, last_visible)
-        weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale_log2)
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale_log2)
         weights = weights.to(kv_left.dtype)
         acc_left = tl.dot(weights, kv_left, acc_left * rescale[:, None])
         acc_right = tl.dot(weights, kv_right, acc_right * rescale[:, None])
@@ -192,7 +182,8 @@ def _dense_decode_kernel(
     # a part before the diagonal may hold no key that an early query sees
     # == 0 and not > 0: a sum of NaN stays one
     share = tl.where(row_sum == 0, 0.0, 1.0 / row_sum)[:, None]
-    lse_log2 = tl.where(row_sum == 0, -float("inf"), row_max + tl.log2(row_sum))
+    log2_sum = row_max * qk_scale_log2 + tl.log2(row_sum)
+    lse_log2 = tl.where(row_sum == 0, -float("inf"), log2_sum)
     place = (split * tl.num_programs(1) + batch).to(tl.int64) * num_rows + offs_row
     valid = offs_row < num_rows
     base = place[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]

@@ -138,6 +138,18 @@ def peaked(inputs: Any) -> Any:
     return dataclasses.replace(inputs, q=inputs.q * 10)
 
 
+def loud(exponent: int) -> Mutation:
+    """Queries of one head 2^exponent times larger. From logits of 2^31 on half a unit of the last
+    place of a scaled one is an exponent that fp32 does not have; of 2^100 some are below -1e30."""
+
+    def mutate(inputs: Any) -> Any:
+        q = inputs.q.clone()
+        q[..., 1 % q.shape[-2], :] *= 2.0**exponent
+        return dataclasses.replace(inputs, q=q)
+
+    return mutate
+
+
 def sparse_decode_wild(inputs: Any) -> Any:
     """As sparse_prefill_wild; unread cache rows are NaN in values, scales and rope."""
     slots, cache = inputs.topk_slots, inputs.kv_cache.clone()

@@ -1,14 +1,11 @@
 """Attention of a tile of heads to a list of rows, block by block: shared by the portable kernels.
 
-    per block   S = Q · Kᵀ, -inf where an entry names no row   m' = max(m, max S)
-                P = 2^(scale · (S - m'))                       f = 2^(scale · (m - m'))
-                O' = O · f + P · V                             l' = l · f + Σ P
+    per block   S = Q · Kᵀ, -inf where an entry names no row
+                P, f and l' from S by `online_softmax.py`      O' = O · f + P · V
 
-with scale = sm_scale · log2 e. The difference is taken first: of a logit of 2^40 a product that is
-rounded for m', and in a fused one is not, would leave 2^(2^16). An entry that names no row loads
-zeros, because 0 × NaN is NaN. The entries of a block are read one block ahead by hand: then nothing
-but an address lies between the loop and the loads of rows, and the compiler makes them asynchronous
-copies, two blocks in flight.
+An entry that names no row loads zeros, because 0 × NaN is NaN. The entries of a block are read one
+block ahead by hand: then nothing but an address lies between the loop and the loads of rows, and
+the compiler makes them asynchronous copies, two blocks in flight.
 
 bf16 rows are held in two halves of 256 columns and a tail of 64, for one accumulator of 512 columns
 was 6 % slower (271 against 290 TFLOP/s, H100, 8K keys, without masked loads). On Hopper the loop
@@ -22,13 +19,12 @@ import triton
 import triton.language as tl
 
 from dsa_bench.kernels import attention
+from dsa_bench.kernels.online_softmax import NO_MAXIMUM, softmax_step
 
 LOG2_E = tl.constexpr(attention.LOG2_E)
 LN_2 = tl.constexpr(0.6931471805599453)
 HALF_V = tl.constexpr(256)
 ROPE = tl.constexpr(64)
-NO_MAXIMUM = tl.constexpr(-1e30)
-"""Running maximum before the first key; finite, so that no difference of two is NaN."""
 
 SMALLEST_BLOCK_H = 16
 HAVE_64_HEADS = ((8, 0), (8, 7), (9, 0))
@@ -86,17 +82,6 @@ def find_rows(entries, num_rows):
 
 
 @triton.jit
-def softmax_step(scores, valid, row_max, row_sum, qk_scale_log2):
-    """(weights, factor due to what was summed before, maximum and sum with this block); scores and
-    maximum are not scaled."""
-    scores = tl.where(valid[None, :], scores, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    rescale = tl.exp2((row_max - new_max) * qk_scale_log2)
-    weights = tl.exp2((scores - new_max[:, None]) * qk_scale_log2)
-    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
-
-
-@triton.jit
 def load_halves(row_ptrs, mask, HAS_ROPE: tl.constexpr):
     """Left half, right half and tail of bf16 rows, 0 where masked; without a tail left again."""
     offs_d = tl.arange(0, HALF_V)
@@ -133,9 +118,8 @@ def attend_bf16_rows(
         scores = tl.dot(q_right, tl.trans(k_right), scores)
         if HAS_ROPE:
             scores = tl.dot(q_rope, tl.trans(k_rope), scores)
-        weights, rescale, row_max, row_sum = softmax_step(
-            scores, valid, row_max, row_sum, qk_scale_log2
-        )
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale_log2)
         weights = weights.to(k_left.dtype)
         acc_left = tl.dot(weights, k_left, acc_left * rescale[:, None])
         acc_right = tl.dot(weights, k_right, acc_right * rescale[:, None])

@@ -7,7 +7,7 @@ accumulator stays in registers, keys and values stream through shared memory by 
 product of a block is issued before the softmax of the next and runs beside it. Blocks that every
 query of the tile lists whole are not masked, blocks behind the last listed key not visited. In
 between a thread reads a word of each of its rows and a block; a key then costs one `and` and one
-select beside the seven instructions of its softmax. Programs that run together belong to a few
+select beside the eight instructions of its softmax. Programs that run together belong to a few
 heads, so that L2 serves their keys, and the longest go first. Bound: the tensor cores.
 """
 
@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dsa_bench.kernels.attention import LOG2_E
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.listed_attention import NO_MAXIMUM, ask_device, natural_sum
+from dsa_bench.kernels.listed_attention import ask_device, natural_sum
 from dsa_bench.kernels.masked_prefill import (
     BITS_BLOCK,
     MaskedPrefillInputs,
@@ -30,6 +30,7 @@ from dsa_bench.kernels.masked_prefill import (
     bits_per_row,
     check_arguments,
 )
+from dsa_bench.kernels.online_softmax import NO_MAXIMUM, softmax_step
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "masked_prefill"
@@ -82,15 +83,6 @@ def _score(q_nope, q_rope, k_nope_desc, k_rope_desc, kv_begin, head):
     k_rope = k_rope_desc.load([head, kv_begin, NOPE]).reshape(BLOCK_KV, ROPE)
     scores = tl.dot(q_nope, k_nope.T)
     return tl.dot(q_rope, k_rope.T, scores)
-
-
-@triton.jit
-def _softmax_step(scores, row_max, row_sum, qk_scale_log2):
-    """Weights against the maximum so far; `rescale` is due to what was summed before."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale_log2)
-    rescale = tl.exp2(row_max - new_max)
-    weights = tl.exp2(scores * qk_scale_log2 - new_max[:, None])
-    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -160,7 +152,7 @@ def _masked_prefill_kernel(
         scores = _mask_bits(scores, tl.load(words_ptr, mask=is_query, other=0))
     else:
         scores = _mask_later(scores, 0, last_visible)
-    weights, rescale, row_max, row_sum = _softmax_step(scores, row_max, row_sum, qk_scale_log2)
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale_log2)
     # the value product of block i - 1 is issued before the softmax of block i and runs beside it
     for phase in tl.static_range(2):
         first = 1 if phase == 0 else tl.maximum(first_masked, 1)
@@ -177,7 +169,7 @@ def _masked_prefill_kernel(
                     words = tl.load(words_ptr + i + 1, mask=is_query & (i + 1 < end), other=0)
                 else:
                     scores = _mask_later(scores, i * BLOCK_KV, last_visible)
-            weights, rescale, row_max, row_sum = _softmax_step(
+            weights, rescale, row_max, row_sum = softmax_step(
                 scores, row_max, row_sum, qk_scale_log2
             )
     v = v_desc.load([head, (end - 1) * BLOCK_KV, 0]).reshape(BLOCK_KV, WIDTH_V)
@@ -187,7 +179,8 @@ def _masked_prefill_kernel(
     share = tl.where(row_sum == 0, 0.0, 1.0 / row_sum)
     out = (acc * share[:, None]).to(out_desc.dtype)
     out_desc.store([head, q_begin, 0], out.reshape(1, BLOCK_Q, WIDTH_V))
-    tl.store(lse_ptr + rows * num_heads + head, natural_sum(row_max, row_sum), mask=is_query)
+    lse = natural_sum(row_max * qk_scale_log2, row_sum)
+    tl.store(lse_ptr + rows * num_heads + head, lse, mask=is_query)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,6 @@ from dsa_bench.kernels.combine_splits import MAX_SPLITS, combine_splits
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.listed_attention import (
     HALF_V,
-    NO_MAXIMUM,
     ROPE,
     Tiling,
     ask_device,
@@ -35,9 +34,9 @@ from dsa_bench.kernels.listed_attention import (
     log2_sum,
     natural_sum,
     output_factor,
-    softmax_step,
     store_columns,
 )
+from dsa_bench.kernels.online_softmax import NO_MAXIMUM, softmax_step
 from dsa_bench.kernels.paging import HEAD_DIM_V
 from dsa_bench.kernels.sparse_decode import (
     SparseDecodeInputs,
@@ -97,9 +96,8 @@ def _attend_fp8_rows(
         k_rope = tl.load(rope_ptrs, mask=valid[:, None], other=0.0)
         scores = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_H, BLOCK_KV]
         scores = tl.dot(q, tl.trans(k), scores)
-        weights, rescale, row_max, row_sum = softmax_step(
-            scores, valid, row_max, row_sum, qk_scale_log2
-        )
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale_log2)
         acc = tl.dot(weights.to(tl.bfloat16), k, acc * rescale[:, None])
     return acc, row_max * qk_scale_log2, row_sum
 

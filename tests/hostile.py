@@ -38,6 +38,7 @@ from dsa_bench.kernels.hostile import (  # noqa: F401 - tests take them from her
     indexer_silent,
     linear_strided,
     linear_uneven,
+    loud,
     nan_in_query,
     page_slots_wild,
     paged_indexer_ragged,

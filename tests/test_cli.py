@@ -1,76 +1,26 @@
-"""The command line: exit codes, sentences, what goes to stdout and stderr, what is loaded."""
+"""The command line: exit codes, sentences, what goes to stdout and stderr."""
 
 import dataclasses
-import functools
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dsa_bench import cli, conformance, job, probe, registry, sweep
-from dsa_bench.finding import Finding
-from dsa_bench.operator import Machine, UsageError
+from dsa_bench import job, sweep
 from dsa_bench.record import Case, Record
 from dsa_bench.runner import Progress
 from dsa_bench.store import Run, create_run, open_writer, read_run
-from tests import fake_worker
-from tests.test_plan import offer
-from tests.test_sweep import operator
-
-ROOT = Path(__file__).parents[1]
-WAYS = ("fine", "wrong", "exits", "failed")
-Call = Callable[..., tuple[int, str, str]]
-
-
-def fake_probe(device: str, *, with_ceilings: bool) -> probe.Probe:
-    if device == "cuda":
-        raise UsageError("torch sees no CUDA device (pass --device cpu)")
-    facts = {"machine": {"device": "cpu", "name": "Test CPU"}, "versions": {}, "git": {}}
-    ceilings = {"copy_bytes_per_second": 1e9} if with_ceilings else {}
-    machine = Machine(device="cpu", name="Test CPU")
-    return probe.Probe(machine=machine, header={**facts, "ceilings": ceilings})
+from tests.fake_command import ONE, Call, fake_command
 
 
 @pytest.fixture
 def call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> Call:
-    """Runs a command in an empty folder, with fake operators, workers and reports."""
-    catalogue = registry.Catalogue(
-        operators={way: operator(way, "topk") for way in WAYS}
-        | {"layer": operator("layer", "tensor_parallel", "inputs", "weights")}
-        | {"batch": operator("batch", "batch_size", "lengths")},
-        implementations={
-            way: offer(reference=-1000, triton=1) for way in (*WAYS, "layer", "batch")
-        },
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "catalogue", lambda: catalogue)
-    monkeypatch.setattr(probe, "probe", fake_probe)
-    start = functools.partial(job.execute, start=fake_worker.start_at)
-    monkeypatch.setattr(job, "execute", start)
-    monkeypatch.setattr(job, "write_all_reports", lambda run: {})
-    monkeypatch.setattr("dsa_bench.cli.terminal.print_report", lambda runs: print("the report"))
-    for name in ("DSA_BENCH_DEVICE", "DSA_BENCH_GPU_HOUR_USD"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dsa-bench", *words])
-        code = cli.call(words)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
-
-
-ONE = ("--op", "fine", "--phase", "decode", "-L", "4k", "-k", "512")
+    return fake_command(monkeypatch, tmp_path, capfd)
 
 
 def test_run_saves_records_and_ends_with_report_and_path(call: Call, tmp_path: Path) -> None:
@@ -199,112 +149,6 @@ def test_check_keeps_nothing(call: Call, tmp_path: Path) -> None:
     assert code == 3
     assert "1 ok, 1 wrong" in out
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Pairs that met two hostile inputs, and fail the second; `layer` is interrupted at first."""
-    pairs: list[tuple[str, str]] = []
-
-    def examine(wanted: Mapping[str, Sequence[str]], device: str) -> list[Finding]:
-        ((op, (impl,)),) = wanted.items()
-        pairs.append((op, impl))
-        if op == "layer" and pairs.count((op, impl)) == 1:
-            raise KeyboardInterrupt
-        names = {"ties": "ok", "NaN": "wrong"}
-        return [Finding(op=op, impl=impl, name=n, verdict=v) for n, v in names.items()]
-
-    monkeypatch.setattr(conformance, "examine", examine)
-    return pairs
-
-
-def test_run_examines_what_was_ok_and_fails_with_it(
-    call: Call, tmp_path: Path, examined: list[tuple[str, str]]
-) -> None:
-    words = ("run", "--op", "fine,wrong", *ONE[2:], "--hostile", "-o", "r")
-    code, out, err = call(*words)
-    assert code == 3 and examined == [("fine", "triton")]
-    assert err.splitlines()[-1] == "hostile inputs: fine triton fails 1 of 2"
-    assert out.splitlines() == ["the report", "r/report.html"]
-    run = read_run(tmp_path / "r")
-    assert [(f.impl, f.verdict) for f in run.findings] == [("triton", "ok"), ("triton", "wrong")]
-    assert run.header["options"]["hostile"] is True
-    # nothing is examined twice
-    call("run", "--resume", "r")
-    assert examined == [("fine", "triton")]
-
-
-def test_run_alone_examines_nothing(
-    call: Call, tmp_path: Path, examined: list[tuple[str, str]]
-) -> None:
-    assert call("run", *ONE, "-o", "r")[0] == 0
-    assert not examined and not (tmp_path / "r" / "findings.jsonl").exists()
-    assert "hostile" not in read_run(tmp_path / "r").header["options"]
-    # a run that has ended can be examined later
-    code, out, _ = call("run", "--resume", "r", "--hostile", "--json")
-    assert code == 3 and examined == [("fine", "triton")]
-    assert [f["name"] for f in json.loads(out)["hostile"]] == ["ties", "NaN"]
-
-
-def test_interrupted_examination_keeps_the_run_and_is_resumed(
-    call: Call, tmp_path: Path, examined: list[tuple[str, str]]
-) -> None:
-    axes = (*ONE[2:6], "--hostile")
-    code, out, err = call("run", "--op", "fine,layer", *axes, "-o", "r")
-    assert code == 130 and "the report" in out
-    assert "stopped; go on with dsa-bench run --resume r --hostile" in err
-    run = read_run(tmp_path / "r")
-    assert {record.status for record in run.records} == {"ok"}
-    assert {f.op for f in run.findings} == {"fine"}
-    assert call("run", "--resume", "r")[0] == 3
-    assert {f.op for f in read_run(tmp_path / "r").findings} == {"fine", "layer"}
-    assert examined == [("fine", "triton"), ("layer", "triton"), ("layer", "triton")]
-
-
-CHECK = ("check", "--op", "fine", "--phase", "decode", "-L", "1k", "-k", "64", "--seq-len-q", "1")
-
-
-def test_check_keeps_findings_in_a_folder_of_their_own(
-    call: Call, tmp_path: Path, examined: list[tuple[str, str]]
-) -> None:
-    code, out, _ = call(*CHECK, "--hostile", "-o", "c")
-    assert code == 3 and "hostile inputs" in out and examined == [("fine", "triton")]
-    run = read_run(tmp_path / "c")
-    assert (run.header["verb"], len(run.records), len(run.findings)) == ("check", 1, 2)
-    assert call("report", "c")[0] == 0
-
-
-def test_check_adds_findings_to_a_run(
-    call: Call, tmp_path: Path, examined: list[tuple[str, str]]
-) -> None:
-    assert call("run", *ONE, "-o", "r")[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("r*.json*")}
-    code, _, err = call(*CHECK, "-o", "r")
-    assert code == 2 and "r is a run: only findings can join it (pass --hostile)" in err
-    assert call(*CHECK, "--hostile", "-o", "r")[0] == 3
-    after = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("r*.json*")}
-    assert after == before and len(before) == 2
-    assert len(read_run(tmp_path / "r").findings) == 2
-    header = json.loads(before["run.json"])
-    header["machine"]["name"] = "Other CPU"
-    (tmp_path / "r" / "run.json").write_text(json.dumps(header))
-    code, _, err = call(*CHECK, "--hostile", "-o", "r")
-    assert code == 2 and "r was measured on Other CPU, this machine has Test CPU" in err
-    assert len(examined) == 1
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("x")
-    assert "exists and isn't empty" in call(*CHECK, "--hostile", "-o", "other")[2]
-
-
-def test_a_broken_finding_ends_a_report_and_is_found_by_verify(call: Call, tmp_path: Path) -> None:
-    assert call("run", *ONE, "-o", "r")[0] == 0
-    (tmp_path / "r" / "findings.jsonl").write_text("{}\n")
-    code, _, err = call("report", "r")
-    assert code == 2 and err.startswith("dsa-bench: r/findings.jsonl:1: isn't a finding:")
-    assert "then dsa-bench check --hostile -o r)" in err
-    code, out, _ = call("verify", "r", "--json")
-    (check,) = [c for c in json.loads(out)["checks"] if c["name"] == "findings.jsonl"]
-    assert code == 3 and "isn't a finding" in check["findings"][0]
 
 
 def test_check_takes_every_implementation_by_default(call: Call) -> None:
@@ -477,95 +321,3 @@ def test_lengths_reach_the_plan_of_decode(call: Call) -> None:
         assert ("--lengths" in again) == (case.lengths != "equal")
         (line,) = call(*again, "--plan", "--json")[1].splitlines()
         assert Case.from_json(json.loads(line)["case"]) == case
-
-
-def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys; from dsa_bench import cli; assert cli.call(['run', '--help']) == 0;"
-        "heavy = {'torch', 'triton', 'numpy', 'pandas', 'matplotlib', 'rich', 'jinja2', 'altair'};"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
-    )
-    done = python("-c", code)
-    assert done.stderr == "[]\n"
-    assert "--gpu-hour-usd" in done.stdout
-
-
-def test_bare_command_prints_help_and_version_prints_itself() -> None:
-    done = python("-m", "dsa_bench")
-    assert done.returncode == 0
-    assert all(f"\n  {verb} " in done.stdout for verb in ("run", "profile", "check", "doctor"))
-    assert re.fullmatch(r"\d+\.\d+.*\n", python("-m", "dsa_bench", "--version").stdout)
-
-
-def test_tiny_sweep_end_to_end(tmp_path: Path) -> None:
-    """The real operators, worker and reports, on the CPU."""
-    tiny = tmp_path / "tiny.toml"
-    tiny.write_text(
-        'preset = "v3.2-cpu"\nphase = "decode"\nseq_len_kv = 256\ntopk = 64\n'
-        "[decode]\nbatch_size = 1\n"
-    )
-    folder = tmp_path / "r"
-    done = python("-m", "dsa_bench", "run", str(tiny), "--device", "cpu", "-o", str(folder))
-    assert done.returncode == 0, done.stderr
-    run = read_run(folder)
-    assert {r.case.op: r.status for r in run.records} == {"dsa": "ok", "dense_attention": "ok"}
-    assert all(r.time and r.memory and r.stages for r in run.records)
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {"report.html", "figures", "report.md", "report.csv"}
-    assert done.stdout.splitlines()[-1] == str(folder / "report.html")
-    assert "\x1b" not in done.stdout + done.stderr
-    assert any(line.startswith("On ") and "DSA" in line for line in done.stdout.splitlines())
-
-
-def test_ragged_batch_end_to_end(tmp_path: Path) -> None:
-    """The real operators, by their references: reports say the lengths, and verify agrees."""
-    folder = tmp_path / "r"
-    words = ("--phase", "decode", "-L", "256", "-k", "64", "--batch", "1,3", "--device", "cpu")
-    done = python(
-        "-m", "dsa_bench", "run", "--preset", "v3.2-cpu", "--lengths", "one-long", *words,
-        "-o", str(folder),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = read_run(folder)
-    ended = {(r.case.op, r.case.batch_size, r.status) for r in run.records}
-    assert ended == {
-        (op, *end) for op in ("dsa", "dense_attention") for end in ((1, "skipped"), (3, "ok"))
-    }
-    skipped = {r.reason for r in run.records if r.status == "skipped"}
-    assert skipped == {
-        "lengths one-long need a batch of 2 sequences or more, this case has 1"
-        " (pass --batch, or --lengths equal)"
-    }
-    # one sequence of 256 keys, two of 8: 272 pairs of 16 heads
-    (dense,) = [r for r in run.records if (r.case.op, r.status) == ("dense_attention", "ok")]
-    assert dense.cost["flops"] == 2 * 16 * (576 + 512) * 272
-    for name in ("report.md", "report.csv", "report.html"):
-        assert "one-long" in (folder / name).read_text(encoding="utf-8")
-    assert "lengths" in done.stdout and "one-long" in done.stdout
-    assert python("-m", "dsa_bench", "verify", str(folder)).returncode == 0
-
-
-def call_json(*words: str) -> Any:
-    done = python("-m", "dsa_bench", *words, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_list_names_operators_presets_and_sweeps() -> None:
-    found = call_json("list", "--device", "cpu")
-    assert {"dsa", "dense_attention"} <= {row["operator"] for row in found["implementations"]}
-    assert {row["preset"] for row in found["presets"]} >= {"v3.2", "v3.2-cpu"}
-    assert {row["sweep"] for row in found["sweeps"]} == set(sweep.shipped())
-
-
-def test_doctor_measures_the_ceilings() -> None:
-    found = call_json("doctor", "--device", "cpu", "--measure")
-    assert found["ceilings"] and all(value > 0 for value in found["ceilings"].values())
-    assert found["rows"][0]["item"] == "device"

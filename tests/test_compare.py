@@ -1,159 +1,22 @@
-"""Two runs side by side: ratios by hand, verdicts over many cases, refusals, what is printed."""
+"""Two runs side by side: verdicts over many cases, refusals, caveats."""
 
-import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsa_bench import cli
 from dsa_bench.operator import UsageError
-from dsa_bench.record import Case, Record, Telemetry, Timing
-from dsa_bench.reports import compare_tables, ratio
+from dsa_bench.record import Case, Record
+from dsa_bench.reports import compare_tables
 from dsa_bench.reports.compare import Comparison, compare
 from dsa_bench.show import case_label
-from dsa_bench.stats import Estimate
-from dsa_bench.store import create_run, open_writer
-from tests.reports_runs import HEADER, HOSTILE, FakeRun
+from tests.compare_runs import H200, case, compared, five, run, timed, verdicts
+from tests.reports_runs import HEADER
 
 SUSPECT = "launch_bound"
-FIVE = (-2.0, -1.0, 0.0, 1.0, 2.0)
-"""Logarithms of five processes in units of u: standard error u · sqrt(2.5 / 5), 4 degrees."""
-
-
-def case(number: int = 0, **fields: Any) -> Case:
-    length = 4096 * (1 + number)
-    given = {"op": "topk", "impl": "triton", "phase": "decode", "seq_len_kv": length}
-    return Case(**(given | {"seq_len_q": 1} | fields))
-
-
-def timed(of: Case, seconds: float | Sequence[float], replicate: int = 0, **fields: Any) -> Record:
-    """An `ok` record; of one number nine equal samples."""
-    samples = (seconds,) * 9 if isinstance(seconds, float) else tuple(seconds)
-    clock = fields.pop("clock_mhz", None)
-    read = None if clock is None else Telemetry(seconds=(0.0,), sm_clock_mhz=(clock,))
-    mode = fields.pop("mode", "graph")
-    time = Timing(mode=mode, seconds=samples, stop="settled", telemetry=read)
-    return Record(case=of, status="ok", time=time, replicate=replicate, **fields)
-
-
-def five(of: Case, seconds: float, unit: float, **fields: Any) -> list[Record]:
-    """Five processes round this time: geometric mean and median are `seconds`."""
-    return [timed(of, seconds * math.exp(x * unit), i, **fields) for i, x in enumerate(FIVE)]
-
-
-def run(name: str, records: Sequence[Record], **header: Any) -> FakeRun:
-    return FakeRun(path=Path(name), header={**HEADER, **header}, records=list(records))
-
-
-def compared(base: Sequence[Record], new: Sequence[Record], **options: Any) -> Comparison:
-    return compare(run("base", base), run("new", new), **options)
-
-
-def verdicts(found: Comparison) -> dict[int, str]:
-    """Number of the case -> verdict."""
-    return {row.case.seq_len_kv // 4096 - 1: row.verdict for row in found.rows}
-
-
-# -- the ratio
-
-
-@pytest.mark.parametrize(
-    ("t", "dof"),
-    [(12.7062, 1), (2.7764, 4), (2.2281, 10), (2.0423, 30), (1.9799, 120), (1.95996, math.inf)],
-)
-def test_student_tails_are_those_of_the_tables(t: float, dof: float) -> None:
-    assert ratio.student_tail(t, dof) == pytest.approx(0.025, abs=2e-6)
-    assert ratio.student_tail(-t, dof) == pytest.approx(0.975, abs=2e-6)
-
-
-@pytest.mark.parametrize("t", [-8.0, -1.0, 0.0, 0.3, 1.0, 2.5, 40.0])
-def test_student_tails_have_closed_forms(t: float) -> None:
-    assert ratio.student_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-9)
-    two = 0.5 - t / (2 * math.sqrt(2 + t * t))
-    assert ratio.student_tail(t, 2) == pytest.approx(two, rel=1e-9, abs=1e-12)
-    # four degrees: P(T < t) = 1/2 + 3/8 · s · (1 - s² / 12 · ...), by its integral
-    s = t / math.sqrt(4 + t * t)
-    four = 0.5 - 0.75 * (s - s**3 / 3)
-    assert ratio.student_tail(t, 4) == pytest.approx(four, rel=1e-6, abs=1e-12)
-
-
-def test_tail_is_smooth_where_the_normal_one_takes_over() -> None:
-    below = ratio.student_tail(3.0, ratio.NORMAL_DOF - 1)
-    assert ratio.student_tail(3.0, ratio.NORMAL_DOF) == pytest.approx(below, rel=0.002)
-
-
-def estimate(middle: float, log_se: float, dof: float = math.inf) -> Estimate:
-    return Estimate(middle=middle, low=0.0, high=9.0, replicates=1, log_se=log_se, dof=dof)
-
-
-def test_ratio_and_interval_by_hand() -> None:
-    found = ratio.ratio(estimate(2.0, 0.003), estimate(2.1, 0.004))
-    assert found.middle == pytest.approx(1.05)
-    assert found.log_se == pytest.approx(0.005)
-    assert found.low == pytest.approx(1.05 * math.exp(-1.959964 * 0.005), rel=1e-7)
-    assert found.high == pytest.approx(1.05 * math.exp(1.959964 * 0.005), rel=1e-7)
-
-
-def test_freedom_is_welchs() -> None:
-    found = ratio.ratio(estimate(1.0, 0.003, 2), estimate(1.0, 0.004, 4))
-    # 25² / (9² / 2 + 16² / 4) = 625 / 104.5
-    assert found.dof == pytest.approx(625 / 104.5)
-    one_side = ratio.ratio(estimate(1.0, 0.003, 2), estimate(1.0, 0.004))
-    assert one_side.dof == pytest.approx(625 / 40.5)
-    assert ratio.ratio(estimate(1.0, 0.0, 2), estimate(1.0, 0.004, 4)).dof == pytest.approx(4)
-
-
-def test_an_unknown_error_tells_nothing() -> None:
-    found = ratio.ratio(estimate(1.0, math.inf), estimate(9.0, 0.001))
-    assert (found.low, found.high) == (0.0, math.inf)
-    assert ratio.p_unchanged(found, 0.02) == 1.0
-    assert ratio.p_changed(found, 0.02) == 1.0
-
-
-def test_no_error_at_all_is_sure() -> None:
-    found = ratio.ratio(estimate(1.0, 0.0), estimate(1.03, 0.0))
-    assert found.low == found.high == found.middle
-    assert (ratio.p_unchanged(found, 0.02), ratio.p_unchanged(found, 0.04)) == (0.0, 1.0)
-    assert (ratio.p_changed(found, 0.02), ratio.p_changed(found, 0.04)) == (1.0, 0.0)
-
-
-def test_p_values_by_hand() -> None:
-    edge = math.log(1.02)
-    se = 0.01
-    found = ratio.Ratio(log=edge + 2 * se, log_half_width=0.0, log_se=se, dof=math.inf)
-    far = math.erfc((2 * edge + 2 * se) / se / math.sqrt(2)) / 2
-    assert ratio.p_unchanged(found, 0.02) == pytest.approx(0.0227501 + far, rel=1e-4)
-    # the nearer edge is the one that counts
-    near = replace(found, log=edge - 0.01, log_se=0.005)
-    assert ratio.p_changed(near, 0.02) == pytest.approx(0.0227501, rel=1e-4)
-    for each in (found, near):
-        mirrored = replace(each, log=-each.log)
-        for p in (ratio.p_unchanged, ratio.p_changed):
-            assert p(mirrored, 0.02) == pytest.approx(p(each, 0.02))
-
-
-@pytest.mark.parametrize(
-    ("p_values", "marked"),
-    [
-        ((), ()),
-        ((0.05,), (True,)),
-        ((0.051,), (False,)),
-        # limits are 0.0125, 0.025, 0.0375, 0.05: the third passes and takes the second along
-        ((0.037, 0.9, 0.001, 0.030), (True, False, True, True)),
-        ((0.03, 0.9, 0.9, 0.9), (False, False, False, False)),
-        ((0.05, 0.05, 0.05, 0.05), (True, True, True, True)),
-    ],
-)
-def test_discoveries_by_hand(p_values: Sequence[float], marked: Sequence[bool]) -> None:
-    assert ratio.discoveries(p_values, 0.05) == tuple(marked)
-
-
-# -- verdicts
 
 
 def test_ratio_of_replicates_by_hand() -> None:
@@ -310,9 +173,6 @@ def test_a_ratio_of_the_clocks_is_called_so() -> None:
     assert "1800 → 1500 MHz" in rows[0] and "SM clock" in head
 
 
-# -- A/A: nothing changed
-
-
 def noisy(of: Case, rng: random.Random, num_processes: int) -> list[Record]:
     """Processes that differ by 0.3 %, with samples that spread by 1 %."""
     out = []
@@ -351,9 +211,6 @@ def test_a_slower_case_is_found_among_equal_ones() -> None:
     assert verdicts(compared(base, new))[0] == "slower"
 
 
-# -- refusals and caveats
-
-H200 = HEADER["machine"] | {"name": "NVIDIA H200"}
 SLICE = HEADER["machine"] | {"num_sms": 66}
 
 
@@ -439,178 +296,3 @@ def test_a_header_of_nonsense_is_no_traceback() -> None:
         run("b", [timed(case(), 1e-3)], machine=None, versions=3, options="o"),
     )
     assert found.caveats == ()
-
-
-# -- what is printed
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Writes a run folder into the empty folder in which the test stands."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(name: str, records: Sequence[Record], **header: Any) -> None:
-        create_run(Path(name), {**HEADER, **header})
-        with open_writer(Path(name)) as writer:
-            for record in records:
-                writer.append(record)
-
-    return write
-
-
-Folder = Callable[..., None]
-Output = pytest.CaptureFixture[str]
-
-
-def forty(*changed: float) -> list[Record]:
-    factors = [*changed, *[1.0] * (40 - len(changed))]
-    return [timed(case(n), factor * 1e-3) for n, factor in enumerate(factors)]
-
-
-@pytest.mark.parametrize(
-    ("changed", "code", "summary"),
-    [
-        ((), 0, "40 cases: 40 same"),
-        ((0.5,), 0, "40 cases: 39 same, 1 faster"),
-        ((0.5, 1.5), 4, "40 cases: 38 same, 1 faster, 1 slower"),
-    ],
-)
-def test_exit_code_and_summary(
-    folder: Folder, capsys: Output, changed: Sequence[float], code: int, summary: str
-) -> None:
-    folder("old", forty())
-    folder("late", forty(*changed))
-    assert cli.call(["compare", "old", "late"]) == code
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == summary
-    assert out.splitlines()[0].startswith("BASE old: NVIDIA H100 80GB HBM3 (cuda, 132 SMs), 2026")
-    assert out.count("decode topk L=") == 40
-    assert "geometric mean of all ratios: " in out
-    assert (err, "\x1b" in out) == ("", False)
-    if code:
-        row = next(line for line in out.splitlines() if "slower  " in line)
-        assert row.split()[-6:] == ["1.50", "ms", "1.500", "1.500", "to", "1.500"]
-
-
-def test_a_broken_case_is_exit_4(folder: Folder, capsys: Output) -> None:
-    folder("old", forty())
-    folder("late", [*forty()[:39], Record(case=case(39), status="oom", reason="80 GiB")])
-    assert cli.call(["compare", "old", "late"]) == 4
-    out = capsys.readouterr().out
-    assert "ok → oom: 80 GiB" in out
-    assert out.splitlines()[-1] == "40 cases: 39 same, 1 broken"
-
-
-def test_what_was_allowed_stands_at_the_top(folder: Folder, capsys: Output) -> None:
-    folder("old", forty())
-    folder("late", forty(), machine=H200, protocol=1)
-    assert cli.call(["compare", "old", "late", "--allow", "machine, protocol"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("allowed, though the machines differ")
-    assert lines[3].startswith("allowed, though the timing protocols differ")
-
-
-def test_cases_that_cannot_be_compared_are_shown(folder: Folder, capsys: Output) -> None:
-    folder("old", forty())
-    folder("late", forty()[1:])
-    assert cli.call(["compare", "old", "late"]) == 0
-    out = capsys.readouterr().out
-    assert "only in BASE (ok)" in out
-    assert out.splitlines()[-1] == "39 cases: 39 same; not compared: 1"
-
-
-def test_json_lines_are_cases_and_a_summary(folder: Folder, capsys: Output) -> None:
-    folder("old", forty())
-    folder("late", [*forty(1.5)[:39], Record(case=case(39), status="failed", reason="x")][:-1])
-    assert cli.call(["compare", "old", "late", "--json", "--threshold", "0.05"]) == 4
-    *lines, end = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 40
-    assert lines[0]["verdict"] == "slower"
-    assert lines[0]["key"] == case(0).key
-    assert Case.from_json(lines[0]["case"]) == case(0)
-    assert lines[0]["ratio"] == pytest.approx(1.5)
-    assert (lines[0]["base_seconds"], lines[0]["new_seconds"]) == pytest.approx((1e-3, 1.5e-3))
-    assert lines[0]["dof"] is None
-    assert (lines[-1]["verdict"], lines[-1]["not_compared"]) == (None, "only in BASE")
-    summary = end["summary"]
-    assert summary["counts"] == {
-        "broken": 0, "slower": 1, "faster": 0, "inconclusive": 0, "same": 38
-    }  # fmt: skip
-    assert (summary["threshold"], summary["not_compared"]) == (0.05, 1)
-    assert summary["geometric_mean"] == pytest.approx(1.5 ** (1 / 39))
-    assert summary["has_regression"] is True
-
-
-def test_markdown_is_a_table_that_hostile_names_cannot_leave(
-    folder: Folder, capsys: Output
-) -> None:
-    cases = [case(n, impl=text, precision=text) for n, text in enumerate(HOSTILE)]
-    folder("old", [timed(each, 1e-3) for each in cases], machine={"name": HOSTILE[0]})
-    failed = [Record(case=each, status="failed", reason=HOSTILE[1]) for each in cases[:4]]
-    folder("late", [*failed, *(timed(each, 2e-3) for each in cases[4:])],
-           machine={"name": HOSTILE[0]})  # fmt: skip
-    assert cli.call(["compare", "old", "late", "--md", "out.md"]) == 4
-    assert "\x1b" not in capsys.readouterr().out
-    text = Path("out.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(HOSTILE)
-    bars = {len(line.replace("\\|", "").split("|")) for line in table}
-    assert bars == {table[0].count("|") + 1}
-    assert "<" not in text and "\x1b" not in text and "\u202e" not in text
-    assert "](http" not in text.replace("\\]", "")
-    assert text.startswith(f"**{len(HOSTILE)} cases: 12 slower, 4 broken**")
-
-
-def test_cases_of_one_name_are_told_apart() -> None:
-    cases = [case(0), case(0, num_heads=64), case(0, mode="warm"), case(1)]
-    names = compare_tables.labels(cases, case_label)
-    assert len(set(names)) == 4
-    assert names[1].endswith("num_heads=64")
-    assert names[3] == case_label(case(1))
-
-
-def test_hints_say_what_would_help() -> None:
-    found = compared(five(case(), 1e-3, 0.1), five(case(), 1e-3, 0.1))
-    text = " ".join(compare_tables.notes(found))
-    assert "--replicates" in text and "--effort precise" in text
-    assert "one process on a side" not in text
-    single = compare_tables.notes(compared([timed(case(), 1e-3)], [timed(case(), 1e-3)]))
-    assert "one process on a side" in " ".join(single)
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (("old",), "Missing argument 'NEW'"),
-        (("old", "gone"), "gone doesn't exist (give the folder"),
-        (("old", "./old"), "old and old are one folder (give two runs: BASE, then NEW)"),
-        (("old", "empty"), "empty has no records (run a sweep"),
-        (("old", "other"), "no case is in both runs: op is topk in BASE and indexer in NEW"),
-        (("old", "h200"), "the machines differ: NVIDIA H100"),
-        (("old", "late", "--threshold", "2"), "--threshold must be a share like 2% or 0.02, got"),
-        (("old", "late", "--threshold", "nan"), "--threshold must be a share like 2% or 0.02, got"),
-        (("old", "late", "--threshold", "two"), "--threshold must be a share like 2% or 0.02, got"),
-        (("old", "late", "--allow", "machin"), "--allow 'machin' is unknown; did you mean"),
-    ],
-)
-def test_wrong_usage_is_one_sentence(
-    folder: Folder, capsys: Output, words: Sequence[str], sentence: str
-) -> None:
-    folder("old", forty())
-    folder("late", forty())
-    folder("empty", [])
-    folder("other", [timed(case(0, op="indexer"), 1e-3)])
-    folder("h200", forty(), machine=H200)
-    assert cli.call(["compare", *words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"dsa-bench: {sentence}"), err
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("text", ["2%", "2 %", "0.02", " 2.0% "])
-def test_threshold_is_a_share(folder: Folder, capsys: Output, text: str) -> None:
-    folder("old", forty())
-    folder("late", forty(1.021, 1.019))
-    assert cli.call(["compare", "old", "late", "--threshold", text]) == 4
-    assert capsys.readouterr().out.splitlines()[-1] == "40 cases: 39 same, 1 slower"

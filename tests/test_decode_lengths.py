@@ -15,7 +15,7 @@ from dsa_bench.operator import Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import LENGTH_KINDS, Case
 from tests import hostile
-from tests.test_dsa import on_gpu
+from tests.dsa_cases import on_gpu
 
 RAGGED = [kind for kind in LENGTH_KINDS if kind != "equal"]
 HAVE_LENGTHS = (

@@ -8,6 +8,8 @@ import torch
 from dsa_bench.baselines import dense_attention_triton as kernels
 from dsa_bench.baselines import merge
 from dsa_bench.baselines.dense_attention import OPERATOR, DenseAttentionShape, DenseOutputs
+from tests import hostile
+from tests.triton_interpreter import fused_products
 
 pytestmark = pytest.mark.interpret
 
@@ -48,6 +50,31 @@ def test_decode_matches_the_reference(batch_size, seq_len_q, seq_len_kv, num_hea
     inputs = make("decode", seq_len_q, seq_len_kv, num_heads, batch_size, sharpness=10)
     config = kernels.DecodeConfig(num_splits=num_splits)
     outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
+    assert_right(inputs, outputs)
+
+
+@pytest.mark.parametrize("exponent", [40, 112])
+@pytest.mark.parametrize(
+    ("phase", "seq_len_q", "seq_len_kv", "num_heads", "num_splits"),
+    [
+        ("prefill", 1, 1, 1, None),
+        ("prefill", 130, 333, 2, None),
+        ("decode", 1, 1, 1, 1),
+        ("decode", 2, 200, 16, 1),
+        ("decode", 2, 200, 16, 3),
+    ],
+)
+def test_logits_of_any_size(phase, seq_len_q, seq_len_kv, num_heads, num_splits, exponent):
+    """Products are fused as the compiler does it: only then has a step that rounds the scaled
+    maximum, and not the scaled score, a weight of 2^(2^16). `test_dense_attention_kernels.py` runs
+    the same on a GPU."""
+    inputs = hostile.loud(exponent)(make(phase, seq_len_q, seq_len_kv, num_heads))
+    with fused_products():
+        if phase == "prefill":
+            outputs = kernels.prefill(inputs.q, inputs.k, inputs.v, sm_scale=inputs.sm_scale)
+        else:
+            config = kernels.DecodeConfig(num_splits=num_splits)
+            outputs = kernels.decode(inputs.q, inputs.kv, sm_scale=inputs.sm_scale, config=config)
     assert_right(inputs, outputs)
 
 

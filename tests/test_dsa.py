@@ -1,4 +1,4 @@
-"""The whole: composition, the check of a selection, and the best implementations on a GPU."""
+"""The whole: its reference, the composition of its stages, cost and memory."""
 
 import dataclasses
 import weakref
@@ -7,64 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsa_bench import gate, machine, registry
+from dsa_bench import registry
 from dsa_bench.accuracy import compare_tensors
 from dsa_bench.baselines.dense_attention import OPERATOR as DENSE
 from dsa_bench.baselines.dense_attention import DenseDecodeInputs
 from dsa_bench.kernels import dsa, indexer, page_slots, paged_indexer, topk
 from dsa_bench.kernels.attention import DECODE_LSE_TOLERANCE, DECODE_OUT_TOLERANCE
-from dsa_bench.kernels.dsa import OPERATOR, DsaOutputs, DsaShape, check_selection
+from dsa_bench.kernels.dsa import OPERATOR, DsaOutputs
 from dsa_bench.kernels.dsa_inputs import DsaDecodeInputs
 from dsa_bench.kernels.paging import pack_index_pages, pack_mla_rows, unpack_mla_rows
-from dsa_bench.operator import Implementation, Unsupported
-from dsa_bench.preset import PRESETS, Preset
+from dsa_bench.operator import Unsupported
+from dsa_bench.preset import PRESETS
 from dsa_bench.record import Case
 from tests import hostile
+from tests.dsa_cases import SHAPES, decode_shape, in_bf16, make_inputs, prefill_shape
 from tests.gluon_emulator import emulated_gluon
-
-INF = float("inf")
-SMALL = Preset(name="v3.2-cpu", num_heads=2, index_heads=4)
-
-
-def prefill_shape(seq_len_q=6, seq_len_kv=40, topk=8, precision="fp8", **fields):
-    return DsaShape(
-        phase="prefill", seq_len_kv=seq_len_kv, seq_len_q=seq_len_q, topk=topk,
-        precision=precision, num_heads=2, preset=SMALL, **fields,
-    )  # fmt: skip
-
-
-def decode_shape(batch_size=3, seq_len_q=2, seq_len_kv=100, topk=8, precision="fp8", **fields):
-    return DsaShape(
-        phase="decode", seq_len_kv=seq_len_kv, seq_len_q=seq_len_q, topk=topk,
-        precision=precision, batch_size=batch_size, num_heads=2, preset=SMALL, **fields,
-    )  # fmt: skip
-
-
-SHAPES = [
-    pytest.param(make(precision=precision), id=f"{make().phase}-{precision}")
-    for make in (prefill_shape, decode_shape)
-    for precision in ("fp8", "bf16")
-]
-
-
-def make_inputs(shape, seed=0):
-    return OPERATOR.make_inputs(shape, seed=seed, device="cpu")
-
-
-def in_bf16(outputs):
-    """As kernels give it: the output rounded to bf16."""
-    return outputs._replace(out=outputs.out.bfloat16())
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_check_passes_the_reference_rounded_to_bf16(shape):
-    inputs = make_inputs(shape)
-    outputs = in_bf16(OPERATOR.reference(inputs))
-    for check in OPERATOR.check(inputs, outputs):
-        assert check.passed, check
-    rows = torch.tensor([2, 0])
-    for check in OPERATOR.check(inputs, outputs, rows=rows):
-        assert check.passed, check
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -188,119 +145,6 @@ def test_figures_of_a_selection_at_random_are_worse():
     worse = OPERATOR.figures(inputs, DsaOutputs(other.out, other.lse, indices))["dense_error"]
     assert worse["mass_kept"] < OPERATOR.figures(inputs, best)["dense_error"]["mass_kept"] / 2
     assert worse["relative_l2"] > 0.5
-
-
-def _with_indices(change):
-    """Outputs that are right for the selection that was made; the selection is changed."""
-
-    def outputs(inputs, right):
-        indices = change(right.topk_indices.clone())
-        stages = dsa.reference_stages("prefill")
-        out = stages["sparse_prefill"].run(inputs.attention_inputs(indices))
-        return DsaOutputs(out.out, out.lse, indices)
-
-    return outputs
-
-
-def _repeat_one(indices):
-    indices[3, 1] = indices[3, 0]
-    return indices
-
-
-def _drop_one(indices):
-    indices[3, 1] = -1
-    return indices
-
-
-def _take_the_future(indices):
-    indices[0, 0] = 39
-    return indices
-
-
-WRONG = {
-    "zeros": lambda inputs, right: DsaOutputs(*map(torch.zeros_like, right)),
-    "stale": lambda inputs, right: OPERATOR.reference(make_inputs(prefill_shape(), seed=9)),
-    "out-of-another-selection": lambda inputs, right: right._replace(out=right.out.flip(0)),
-    "one-repeated": _with_indices(_repeat_one),
-    "one-dropped": _with_indices(_drop_one),
-    "a-later-key": _with_indices(_take_the_future),
-    "first-keys": _with_indices(
-        lambda x: torch.arange(8, dtype=torch.int32).expand(6, 8).contiguous()
-    ),
-    "rows-swapped": _with_indices(lambda x: x.flip(0)),
-    "log2": lambda inputs, right: right._replace(lse=right.lse * 1.4427),
-    "nan": lambda inputs, right: right._replace(out=right.out * float("nan")),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_check_fails(name):
-    inputs = make_inputs(prefill_shape())
-    right = OPERATOR.reference(inputs)
-    assert not hostile.passes(OPERATOR.check(inputs, WRONG[name](inputs, right)))
-
-
-@pytest.mark.parametrize("shape", [prefill_shape(), decode_shape()], ids=lambda shape: shape.phase)
-def test_check_holds_attention_against_the_budget_of_its_own_selection(shape):
-    inputs = make_inputs(shape)
-    right = in_bf16(OPERATOR.reference(inputs))
-    names = [check.name for check in OPERATOR.check(inputs, right)]
-    assert names == ["topk_indices", "out", "lse", "out_budget", "lse_budget"]
-    swapped = right._replace(out=right.out.flip(-2))
-    passed = {check.name: check.passed for check in OPERATOR.check(inputs, swapped)}
-    assert passed["topk_indices"]
-    assert not passed["out_budget"]
-    longer = right._replace(lse=right.lse + 0.5)
-    passed = {check.name: check.passed for check in OPERATOR.check(inputs, longer)}
-    assert passed["out_budget"]
-    assert not passed["lse_budget"]
-
-
-def test_check_fails_where_later_keys_fill_the_tail():
-    """Every query lists all keys; attention has no mask of its own, so `out` agrees with that."""
-    inputs = make_inputs(prefill_shape(seq_len_q=8, seq_len_kv=8))
-    change = _with_indices(lambda x: torch.arange(8, dtype=torch.int32).expand(8, 8).contiguous())
-    outputs = change(inputs, OPERATOR.reference(inputs))
-    assert not hostile.passes(OPERATOR.check(inputs, outputs))
-
-
-def test_order_of_the_selection_does_not_matter():
-    inputs = make_inputs(prefill_shape())
-    reordered = _with_indices(lambda x: x.flip(1))(inputs, OPERATOR.reference(inputs))
-    assert hostile.passes(OPERATOR.check(inputs, reordered))
-
-
-def selection_of(columns, topk=3):
-    """Logits 8, 7, 6, 6 - 1e-6, 5, 1, -inf: rms near 6, so the boundary is fuzzy by about 0.05."""
-    logits = torch.tensor([[8.0, 7.0, 6.0, 6.0 - 1e-5, 5.0, 1.0, -INF]])
-    return check_selection(logits, torch.tensor([columns], dtype=torch.int32))
-
-
-@pytest.mark.parametrize("columns", [[0, 1, 2], [2, 0, 1], [0, 1, 3]])
-def test_a_swap_within_rounding_at_the_boundary_passes(columns):
-    assert selection_of(columns).passed
-
-
-@pytest.mark.parametrize(
-    ("columns", "figure"),
-    [
-        ([0, 1, 4], "too_low"), ([1, 2, 3], "missed"), ([0, 0, 1], "repeated"),
-        ([0, 1, -1], "wrong_count"), ([0, 1, 6], "wrong_count"), ([0, 1, 7], "wrong_count"),
-        ([0, 1, 2**31 - 1], "wrong_count"),
-    ],
-)  # fmt: skip
-def test_a_wrong_selection_is_named(columns, figure):
-    check = selection_of(columns)
-    assert not check.passed
-    assert check.figures[figure] == 1
-
-
-def test_a_selection_of_fewer_keys_than_topk():
-    logits = torch.tensor([[3.0, 1.0, -INF, -INF], [-INF] * 4])
-    right = torch.tensor([[1, -1, 0], [-1, -1, -1]], dtype=torch.int32)
-    assert check_selection(logits, right).passed
-    assert not check_selection(logits, torch.tensor([[1, -1, -1]] * 2).int()).passed
-    assert not check_selection(logits, torch.tensor([[1, 0, 2]] * 2).int()).passed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -435,71 +279,3 @@ def test_logits_of_both_phases_agree():
     paged = paged_indexer.reference(decode.indexer_inputs()).index_logits[0, 0]
     torch.testing.assert_close(paged, logits, rtol=1e-5, atol=1e-6)
     assert topk.OPERATOR.name in OPERATOR.stages("decode")
-
-
-def on_gpu(
-    phase, precision, seq_len_kv, seq_len_q, batch_size, workspace_bytes=None, op="dsa", **fields
-):
-    case = Case(
-        op=op, impl="auto", phase=phase, seq_len_kv=seq_len_kv, seq_len_q=seq_len_q,
-        topk=2048, precision=precision, batch_size=batch_size, **fields,
-    )  # fmt: skip
-    here, operator = machine.detect("cuda"), registry.operator(op)
-    case = replace(case, impl=registry.choose(op, case, PRESETS["v3.2"], here))
-    resolved = registry.resolve(case, here, workspace_bytes=workspace_bytes)
-    if resolved.reason:
-        pytest.skip(resolved.reason)
-    inputs = operator.make_inputs(resolved.shape, seed=1, device="cuda")
-    with hostile.poisoned_outputs():
-        outputs = resolved.run(inputs)
-    rows = gate.sample_rows(operator.num_rows(resolved.shape), seed=3, device="cuda", limit=24)
-    hostile.assert_right(op, inputs, outputs, rows)
-    return inputs, outputs
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
-@pytest.mark.parametrize(
-    ("phase", "seq_len_q", "batch_size"),
-    [("prefill", 4096, 1), ("prefill", 16384, 1), ("decode", 1, 32), ("decode", 3, 5)],
-)
-def test_dsa_on_the_gpu_at_16k(phase, seq_len_q, batch_size, precision):
-    on_gpu(phase, precision, 16384, seq_len_q, batch_size)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("seq_len_q", "batch_size"), [(1, 1), (3, 5), (2, 150)])
-def test_decode_on_the_gpu_launches_no_page_slots(seq_len_q, batch_size):
-    case = Case(
-        op="dsa", impl="auto", phase="decode", seq_len_kv=16384, seq_len_q=seq_len_q, topk=2048,
-        precision="fp8", batch_size=batch_size,
-    )  # fmt: skip
-    here, preset = machine.detect("cuda"), PRESETS["v3.2"]
-    resolved = registry.resolve(
-        replace(case, impl=registry.choose("dsa", case, preset, here)), here
-    )
-    if resolved.reason:
-        pytest.skip(resolved.reason)
-    if resolved.parts["topk"].name != "gluon":
-        pytest.skip("the top-k of this machine gives no slots")
-
-    def refuse(inputs):
-        raise RuntimeError("page_slots")
-
-    inputs = OPERATOR.make_inputs(resolved.shape, seed=1, device="cuda")
-    stages = {**resolved.parts, "page_slots": Implementation(name="none", run=refuse)}
-    with hostile.poisoned_outputs():
-        outputs = OPERATOR.compose("decode", stages)(inputs)
-    rows = gate.sample_rows(batch_size, seed=3, device="cuda", limit=24)
-    hostile.assert_right("dsa", inputs, outputs, rows)
-    with pytest.raises(RuntimeError, match="page_slots"):
-        dsa.run_decode(inputs, stages, topk_indices=outputs.topk_indices)
-
-
-@pytest.mark.gpu
-def test_dsa_on_the_gpu_in_chunks_selects_the_same():
-    whole = on_gpu("prefill", "fp8", 16384, 1024, 1)[1]
-    parts = on_gpu("prefill", "fp8", 16384, 1024, 1, workspace_bytes=4 * 16384 * 100)[1]
-    same = whole.topk_indices.sort(1).values == parts.topk_indices.sort(1).values
-    # a tile of other queries may sum in another order, which swaps keys at the boundary
-    assert same.float().mean() > 0.99

@@ -16,9 +16,9 @@ from dsa_bench.operator import Implementation, Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import INPUT_KINDS, Case
 from tests import hostile
+from tests.dsa_cases import on_gpu, prefill_shape
 from tests.fp8_prefill import online
 from tests.sparse_prefill_loops import loops
-from tests.test_dsa import on_gpu, prefill_shape
 from tests.test_dsa_inputs import captured
 from tests.test_sparse_prefill_fp8 import in_fp64
 

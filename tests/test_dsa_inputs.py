@@ -12,7 +12,7 @@ from dsa_bench.operator import Unsupported
 from dsa_bench.preset import PRESETS
 from dsa_bench.record import INPUT_KINDS, Case
 from tests import hostile
-from tests.test_dsa import INF, decode_shape, in_bf16, make_inputs, prefill_shape
+from tests.dsa_cases import INF, decode_shape, in_bf16, make_inputs, prefill_shape
 
 
 def exact_index_logits(inputs, rows):

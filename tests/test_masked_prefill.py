@@ -11,6 +11,7 @@ from dsa_bench.kernels import masked_prefill_triton as kernels
 from dsa_bench.kernels.masked_prefill import OPERATOR, MaskedPrefillShape
 from dsa_bench.operator import Machine, Unsupported
 from tests import hostile
+from tests.triton_interpreter import fused_products
 
 H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
 CPU = Machine(device="cpu", name="a CPU")
@@ -49,7 +50,14 @@ def causal(inputs):
     return dataclasses.replace(inputs, topk_indices=None)
 
 
-MUTATIONS = {"plain": hostile.plain, "wild": wild, "strided": strided, "causal": causal}
+MUTATIONS = {
+    "plain": hostile.plain,
+    "wild": wild,
+    "strided": strided,
+    "causal": causal,
+    "loud": hostile.loud(40),
+    "loudest": hostile.loud(112),
+}
 
 
 def by_hand(inputs):
@@ -137,8 +145,10 @@ SIZES = [
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: str(sizes["seq_len_kv"]))
 def test_kernel_interpreted(sizes, mutation):
+    """Products are fused as the compiler does it: only then has a step that rounds the scaled
+    maximum, and not the scaled score, a weight of 2^(2^16) for 'loud'."""
     inputs = MUTATIONS[mutation](make(**sizes))
-    with hostile.poisoned_outputs():
+    with hostile.poisoned_outputs(), fused_products():
         outputs = kernels.run(inputs)
     hostile.assert_right("masked_prefill", inputs, outputs)
 

@@ -10,6 +10,7 @@ from dsa_bench.kernels import sparse_prefill_triton as kernels
 from dsa_bench.kernels.sparse_prefill import OPERATOR, SparsePrefillShape
 from dsa_bench.operator import Machine
 from tests import hostile
+from tests.triton_interpreter import fused_products
 
 pytestmark = pytest.mark.interpret
 
@@ -47,6 +48,13 @@ def test_hostile_inputs(mutation, topk):
 
 def test_peaked_softmax():
     assert_right(hostile.peaked(make()))
+
+
+@pytest.mark.parametrize("exponent", [40, 112])
+def test_logits_of_any_size(exponent):
+    """Products are fused as the compiler does it."""
+    with fused_products():
+        assert_right(hostile.loud(exponent)(make()))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)])

@@ -1,9 +1,13 @@
 """The repaired interpreter computes what a GPU would."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+from tests.triton_interpreter import fused_products
 
 pytestmark = pytest.mark.interpret
 
@@ -26,6 +30,16 @@ def _convert_kernel(x_ptr, out_ptr, N: tl.constexpr):
 def _multiply_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
     tl.store(out_ptr + offs, tl.load(x_ptr + offs) * tl.load(y_ptr + offs) + 1.5)
+
+
+@triton.jit
+def _residue_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    product = tl.load(x_ptr + offs) * tl.load(y_ptr + offs)
+    largest = tl.max(product, 0)
+    tl.store(out_ptr + offs, product - largest)
+    tl.store(out_ptr + N + offs, largest - product)
+    tl.store(out_ptr + 2 * N + offs, product + product)
 
 
 @triton.jit
@@ -74,3 +88,15 @@ def test_loop_bound_may_be_loaded():
     out = torch.zeros(1, dtype=torch.int32)
     _count_kernel[(1,)](torch.tensor([10], dtype=torch.int32), out)
     assert out.item() == 45
+
+
+def test_a_fused_product_is_not_rounded():
+    """(1 + 2^-20)² is 1 + 2^-19 + 2^-40, of which fp32 has no last term."""
+    x = torch.full((8,), 1 + 2.0**-20)
+    whole, rest = 1 + 2.0**-19, 2.0**-40
+    for fused, residue in ((nullcontext(), 0.0), (fused_products(), rest)):
+        out = torch.empty(24)
+        with fused:
+            _residue_kernel[(1,)](x, x, out, N=8)
+        expected = torch.tensor([residue, -residue, 2 * whole]).repeat_interleave(8)
+        assert torch.equal(out, expected)

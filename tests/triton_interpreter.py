@@ -10,17 +10,22 @@ Wrong in triton 3.6 to 3.9, and repaired here:
   saturate
 - `range` with a tensor bound leans on a conversion that numpy deprecates and drops in 2.4
 - numpy warns where a GPU gives inf or NaN in silence
+Each product is rounded; the compiler fuses it with a sum that it goes into: `fused_products`.
 Not repaired: inline assembly is refused; Gluon is not interpreted (tests/gluon_emulator does that).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 FP8_MAX = 448.0
+FACTORS = "factors"
+"""Attribute of a product's handle."""
 
 
 def is_interpreting() -> bool:
@@ -64,6 +69,45 @@ def repair() -> None:
     builder.get_bf16 = lambda self, value: narrow(handle(np.array([value], np.float32), tl.float32))
     _repair_scalars(interpreter)
     _silence_numpy(interpreter)
+
+
+@contextmanager
+def fused_products() -> Iterator[None]:
+    """A product of fp32 that goes into a sum or difference is not rounded first, as in machine code
+    for a GPU; where it goes into anything else it is."""
+    from triton.runtime import interpreter
+
+    handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+    multiply, add, subtract = builder.create_fmul, builder.create_fadd, builder.create_fsub
+
+    def exact(x: Any) -> Any:
+        first, second = x.attr[FACTORS]
+        return first.astype(np.float64) * second
+
+    def create_fmul(self: Any, x: Any, y: Any) -> Any:
+        product = multiply(self, x, y)
+        if product.data.dtype == np.float32:
+            product.set_attr(FACTORS, (x.data, y.data))
+        return product
+
+    def fused(method: Callable[..., Any], operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, x: Any, y: Any) -> Any:
+            if FACTORS in x.attr:
+                result = operation(exact(x), y.data)
+            elif FACTORS in y.attr:
+                result = operation(x.data, exact(y))
+            else:
+                return method(self, x, y)
+            return handle(result.astype(np.float32), x.dtype.scalar)
+
+        return call
+
+    with (
+        patch.object(builder, "create_fmul", create_fmul),
+        patch.object(builder, "create_fadd", fused(add, np.add)),
+        patch.object(builder, "create_fsub", fused(subtract, np.subtract)),
+    ):
+        yield
 
 
 def _converter(tl: Any, original: Callable[..., Any]) -> Callable[..., Any]:
