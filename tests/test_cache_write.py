@@ -8,6 +8,7 @@ import torch
 
 from dsa_bench.kernels import cache_write_triton
 from dsa_bench.kernels.cache_write import OPERATOR, CacheWriteShape
+from dsa_bench.kernels.cache_write_triton import CacheWriteConfig, choose_config
 from dsa_bench.kernels.paging import split_index_pages, unpack_index_pages, unpack_mla_rows
 from dsa_bench.operator import Machine, Unsupported
 from dsa_bench.preset import PRESETS
@@ -332,21 +333,62 @@ def test_triton_interpreted(precision, page_size, mutate):
     assert torch.equal(hostile.bits(alone.kv_cache), hostile.bits(outputs.kv_cache))
 
 
+GRIDS = {
+    "one-step": CacheWriteConfig(columns=3, index_parts=1, latent_parts=4, latent_t=4),
+    "two-latents-a-warp": CacheWriteConfig(columns=3, index_parts=1, latent_parts=2, latent_t=8),
+    "steps": CacheWriteConfig(columns=1, index_parts=1, latent_parts=2, latent_t=4),
+    "steps-of-some": CacheWriteConfig(columns=2, index_parts=1, latent_parts=3, latent_t=4),
+    "eight-warps": CacheWriteConfig(
+        columns=1, index_parts=2, latent_parts=3, latent_t=8, num_warps=8
+    ),
+}
+
+
 @pytest.mark.interpret
 @pytest.mark.filterwarnings("ignore:All-NaN")
-@pytest.mark.parametrize("latent_t", [8, 16])
+@pytest.mark.parametrize("config", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
-def test_more_latents_of_a_program_are_the_same_bytes(precision, latent_t):
+def test_every_grid_writes_the_same_bytes(precision, config):
+    """Of 39 tokens: the last step of some programs has none, or fewer than it could take."""
     inputs = wild(small(precision, tokens=39))
     usual, other = poisoned(inputs), poisoned(inputs)
     cache_write_triton.cache_write(usual)
-    cache_write_triton.cache_write(other, latent_t=latent_t)
+    cache_write_triton.cache_write(other, config=config)
     assert torch.equal(hostile.bits(usual.kv_cache), hostile.bits(other.kv_cache))
     assert torch.equal(hostile.bits(usual.index_cache), hostile.bits(other.index_cache))
 
 
-def test_latents_of_a_program_follow_the_tokens():
-    assert [cache_write_triton.choose_latent_t(n) for n in (1, 2047, 2048, 16384)] == [4, 4, 8, 8]
+def in_odd_rows(x):
+    """The same values in rows one element wider, from the second element on."""
+    wide = torch.full((x.shape[0], x.shape[1] + 1), math.nan, dtype=x.dtype, device=x.device)
+    wide[:, 1:] = x
+    return wide[:, 1:]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("tokens", [3, 39])
+@pytest.mark.parametrize("config", [None, GRIDS["steps"]], ids=["one-step", "steps"])
+def test_rows_of_odd_stride_are_written_as_others(config, tokens):
+    inputs = small(tokens=tokens)
+    odd = replace(inputs, kv=in_odd_rows(inputs.kv), index_k=in_odd_rows(inputs.index_k))
+    usual, other = poisoned(inputs), poisoned(odd)
+    cache_write_triton.cache_write(usual, config=config)
+    cache_write_triton.cache_write(other, config=config)
+    assert torch.equal(hostile.bits(usual.kv_cache), hostile.bits(other.kv_cache))
+    assert torch.equal(hostile.bits(usual.index_cache), hostile.bits(other.index_cache))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "grid"),
+    [
+        (1, (1, 1, 1)), (5, (1, 1, 2)), (16, (1, 1, 4)), (17, (2, 1, 4)), (2096, (131, 1, 4)),
+        (2112, (132, 1, 4)), (2113, (132, 2, 4)), (16384, (132, 2, 4)),
+    ],
+)  # fmt: skip
+def test_grids_follow_the_tokens(num_tokens, grid):
+    """Few tokens in one step of as many programs as they need, many in steps of six an SM."""
+    config = choose_config(num_tokens, 132)
+    assert (config.columns, config.index_parts, config.latent_parts) == grid
 
 
 @pytest.mark.interpret
