@@ -7,13 +7,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from dsa_bench.kernels.decode_tiles import (
     GROUPS,
-    QUERY_TILES,
     STAGES,
-    TILE_COLUMNS,
     WIDTH,
     count_pieces,
     keys_of,
     piece_after,
+    query_columns,
 )
 from dsa_bench.kernels.dependent_launch import wait_for_launch
 from dsa_bench.kernels.prefetch_l2 import prefetch_l2
@@ -94,9 +93,9 @@ def _load_query(arguments, piece, tiles):
     exists = offs_h >= 0
     if arguments.HEADS_MASKED:
         exists = offs_h < arguments.num_heads - piece.first_head
-    for i in range(opaque_zero(), QUERY_TILES):
-        tile = tiles.q.index(i)
-        copy_rows(tile, ptr + i * TILE_COLUMNS, head_dim, offs_h, exists, 0, TILE_COLUMNS, HALVES)
+    COLUMNS: gl.constexpr = query_columns(arguments.BLOCK_H)
+    for i in range(opaque_zero(), WIDTH // COLUMNS):
+        copy_rows(tiles.q.index(i), ptr + i * COLUMNS, head_dim, offs_h, exists, 0, COLUMNS, HALVES)
     copy_rows(tiles.q_rope.index(0), ptr, head_dim, offs_h, exists, WIDTH, ROPE, HALVES)
     async_copy.mbarrier_arrive(tiles.q_ready, increment_count=False)
 

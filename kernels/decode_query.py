@@ -14,9 +14,9 @@ from dsa_bench.kernels.decode_tiles import (
     ALL_THREADS,
     OUTPUT_WARPS,
     PAIRS_TILE,
-    QUERY_TILES,
     SHARE,
-    TILE_COLUMNS,
+    WIDTH,
+    query_columns,
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import opaque_zero, seen_as
@@ -24,7 +24,6 @@ from dsa_bench.kernels.seesaw_tiles import opaque_zero, seen_as
 QUERY_PARTS = gl.constexpr(15)
 """Named barrier at which both tell each other: first the largest numbers, then that all is done."""
 ROWS = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
-OUTPUT_ROWS = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [OUTPUT_WARPS.value, 1], [1, 0]))
 LARGER_ASM = gl.constexpr(
     "{ .reg .b32 bits; and.b32 bits, $2, 0x7fff7fff; max.u16x2 $0, $1, bits; }"
 )
@@ -35,23 +34,33 @@ TO_F16_ASM = gl.constexpr(
 )
 
 
+@gluon.constexpr_function
+def rows_of_tile(heads):
+    """A query's tile, by the outputs' warps: 32 numbers a thread."""
+    warps = OUTPUT_WARPS.value
+    return gl.BlockedLayout([1, 16], [8, 4], [heads // 8, 8 * warps // heads], [1, 0])
+
+
 @gluon.jit
 def prepare_columns(tiles, done, BLOCK_H: gl.constexpr):
     """The outputs' part, of piece `done`: the columns that become f16, in place."""
+    COLUMNS: gl.constexpr = query_columns(BLOCK_H)
+    LAYOUT: gl.constexpr = rows_of_tile(BLOCK_H)
     mbarrier.wait(tiles.q_ready, done & 1)
-    largest = gl.zeros([BLOCK_H, TILE_COLUMNS], gl.int16, OUTPUT_ROWS)
-    for i in range(opaque_zero(), QUERY_TILES):
-        largest = _larger(largest, tiles.q.index(i).load(OUTPUT_ROWS))
-    exponent = _share_largest(tiles, largest, 0, OUTPUT_ROWS)
+    largest = gl.zeros([BLOCK_H, COLUMNS], gl.int16, LAYOUT)
+    for i in range(opaque_zero(), WIDTH // COLUMNS):
+        largest = _larger(largest, tiles.q.index(i).load(LAYOUT))
+    exponent = _share_largest(tiles, largest, 0, LAYOUT)
     factor = ((exponent << 23).to(gl.float32, bitcast=True)).to(gl.bfloat16)
-    for i in range(opaque_zero(), QUERY_TILES):
+    for i in range(opaque_zero(), WIDTH // COLUMNS):
         tile = tiles.q.index(i)
-        x = tile.load(OUTPUT_ROWS)
+        x = tile.load(LAYOUT)
         factors, x = gl.broadcast(factor[:, None], x)
         x = gl.inline_asm_elementwise(
             TO_F16_ASM, "=r,r,r", [x, factors], dtype=gl.float16, is_pure=True, pack=2
         )
-        seen_as(tile, gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).store(_as_keys(x, BLOCK_H))
+        x = _as_keys(x, BLOCK_H, COLUMNS)
+        seen_as(tile, gl.float16, COLUMNS, PAIRS_TILE, BLOCK_H).store(x)
     fence_async_shared()
     arrive_at(QUERY_PARTS, ALL_THREADS)
 
@@ -92,11 +101,11 @@ def _share_largest(tiles, largest, PART: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _as_keys(x, BLOCK_H: gl.constexpr):
+def _as_keys(x, BLOCK_H: gl.constexpr, COLUMNS: gl.constexpr):
     """The columns of each 16 in the order in which a product gets those of a key.
 
     `ldmatrix` gives a thread four bytes of 16 columns, 4c … 4c + 3, where a product wants the
     columns 2c, 2c + 1, 2c + 8, 2c + 9 of it: they are called so, and the query's follow.
     """
-    x = gl.permute(gl.reshape(x, [BLOCK_H, 4, 4, 2, 2]), [0, 1, 3, 2, 4])
-    return gl.reshape(x, [BLOCK_H, TILE_COLUMNS])
+    x = gl.permute(gl.reshape(x, [BLOCK_H, COLUMNS // 16, 4, 2, 2]), [0, 1, 3, 2, 4])
+    return gl.reshape(x, [BLOCK_H, COLUMNS])

@@ -22,7 +22,7 @@ from dsa_bench.kernels.decode_tiles import (
     ALL_THREADS,
     GROUPS,
     PAIRS_TILE,
-    QUERY_TILES,
+    PRODUCTS,
     READY,
     SHARE,
     SHARES_TILE,
@@ -33,6 +33,7 @@ from dsa_bench.kernels.decode_tiles import (
     count_pieces,
     piece_after,
     products,
+    query_columns,
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import (
@@ -124,9 +125,12 @@ def score(arguments, tiles):
 
 
 @gluon.jit
-def _query_tile(tiles, i, BLOCK_H: gl.constexpr):
-    """64 columns of the query in f16, transposed: [64, heads]."""
-    return seen_as(tiles.q.index(i), gl.float16, TILE_COLUMNS, PAIRS_TILE, BLOCK_H).permute((1, 0))
+def _query_part(tiles, z, PART: gl.constexpr, BLOCK_H: gl.constexpr):
+    """64 columns of the query in f16, part PART, transposed: [64, heads]."""
+    COLUMNS: gl.constexpr = query_columns(BLOCK_H)
+    first: gl.constexpr = PART * TILE_COLUMNS
+    tile = seen_as(tiles.q.index(z + first // COLUMNS), gl.float16, COLUMNS, PAIRS_TILE, BLOCK_H)
+    return tile.slice(first % COLUMNS, TILE_COLUMNS, 1).permute((1, 0))
 
 
 @gluon.jit
@@ -162,14 +166,14 @@ def _multiply(arguments, tiles, n, entry):
     words = load_pairs(pairs, 1)
     shares_tile = seen_as(tiles.shares.index(slot), gl.float16, BLOCK_KV, SHARES_TILE, GROUPS)
     shares_tile.permute((1, 0)).store(shares)
-    s = warpgroup_mma(operand, _query_tile(tiles, z, BLOCK_H), s, is_async=True)
+    s = warpgroup_mma(operand, _query_part(tiles, z, 0, BLOCK_H), s, is_async=True)
     s, rope = warpgroup_mma_wait(1, deps=[s, rope])
-    for i in gl.static_range(1, QUERY_TILES):
+    for i in gl.static_range(1, PRODUCTS):
         # while a product runs, the operand of the next is made, and the words behind it travel
         following = key_operand(words, parts[i // 2], SCORES)
-        if i < QUERY_TILES - 1:
+        if i < PRODUCTS - 1:
             words = load_pairs(pairs, i + 1)
-        s = warpgroup_mma(following, _query_tile(tiles, z + i, BLOCK_H), s, is_async=True)
+        s = warpgroup_mma(following, _query_part(tiles, z, i, BLOCK_H), s, is_async=True)
         s, operand = warpgroup_mma_wait(1, deps=[s, operand])
         operand = following
     # asked for before the wait, not behind it

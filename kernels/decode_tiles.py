@@ -12,9 +12,8 @@ from dsa_bench.kernels.weight_ring import RING
 WIDTH = gl.constexpr(512)
 """Columns of the values, the e4m3 part of a row."""
 TILE_COLUMNS = gl.constexpr(64)
-QUERY_TILES = gl.constexpr(8)
-"""A query lies in tiles of 64 columns, over which a loop can run: unrolled, the code that turns it
-to f16 is 30 KB, which take 15 µs to arrive where a program runs it once."""
+PRODUCTS = gl.constexpr(8)
+"""Of TILE_COLUMNS each: the scores of a block, but for its rope columns."""
 GROUPS = gl.constexpr(4)
 """Scales of a row, one for 128 columns."""
 GROUP_PAIRS = gl.constexpr(64)
@@ -39,6 +38,13 @@ PAIRS_TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 SCALES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 SHARES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 """[GROUPS, BLOCK_KV]: an entry's shares as they are stored."""
+
+
+@gluon.constexpr_function
+def query_columns(heads):
+    """Of a query's tile, which has 16 KB, so that loops can run over tiles: unrolled, the code that
+    turns 64 heads to f16 was 30 KB, which take 15 µs to arrive where a program runs it once."""
+    return 8192 // heads
 
 
 @gluon.constexpr_function
@@ -114,7 +120,7 @@ class Arguments:
 class Tiles:
     """Shared memory of one program, and its mbarriers."""
 
-    q: gl.shared_memory_descriptor  # [QUERY_TILES, BLOCK_H, 64] bf16, then f16 (`decode_query.py`)
+    q: gl.shared_memory_descriptor  # [.., BLOCK_H, query_columns] bf16, later f16
     q_rope: gl.shared_memory_descriptor  # [1, BLOCK_H, ROPE] bf16
     k: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, WIDTH] e4m3 as int8
     k_rope: gl.shared_memory_descriptor  # [STAGES, BLOCK_KV, ROPE] bf16
@@ -158,7 +164,8 @@ class Tiles:
 
 @gluon.jit
 def allocate_tiles(BLOCK_H: gl.constexpr):
-    q = gl.allocate_shared_memory(gl.bfloat16, [QUERY_TILES, BLOCK_H, TILE_COLUMNS], TILE)
+    COLUMNS: gl.constexpr = query_columns(BLOCK_H)
+    q = gl.allocate_shared_memory(gl.bfloat16, [WIDTH // COLUMNS, BLOCK_H, COLUMNS], TILE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, ROPE], TILE)
     k = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_KV, WIDTH], BYTES_TILE)
     k_rope = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_KV, ROPE], TILE)
