@@ -12,7 +12,10 @@ One program: a head, 128 queries, all keys they see, from the diagonal back to k
 A consumer hides its softmax behind its own product with V and behind the other consumer's products;
 `PING_PONG` makes them take turns at the tensor cores. It should be bound by tensor cores. Shared
 memory: Q 48 KB, K 96 KB, V 64 KB: 208 of 227 KB. The scheme is the one that FlashAttention-3's
-paper describes (arXiv 2407.08608, section 3).
+paper describes (arXiv 2407.08608, section 3). A row whose largest score, scaled and in base 2, is
+beyond 2^30 may end in NaN: its maximum is a rounded product, which a fused one is subtracted from
+in the exponent (`online_softmax.py`, where the difference comes first, for an instruction more a
+score).
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,10 @@ softmax, weights in e4m3.
 It starts the product of the next block before it makes the weights of this one, so that the tensor
 cores have that to do meanwhile. What it takes a block binds the kernel: exponentials, and the
 latency from the last of them to the outputs, which wait an eighth of the time.
+
+A row whose largest score, scaled and in base 2, is beyond 2^24 may have weights above 448, which
+e4m3 cuts off and their sum does not: its maximum is a rounded product, which a fused one is
+subtracted from in the exponent (`online_softmax.py` takes the difference first).
 """
 
 from triton.experimental import gluon

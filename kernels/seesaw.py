@@ -27,6 +27,10 @@ leaves through block 1's tiles: so the loader brings the next query and block 0'
 meanwhile, and then waits for block 1's right half (a piece of one pair takes 10.0 µs on an H100,
 and 12.3 µs in a program of its own).
 
+A row whose largest score, scaled and in base 2, is beyond 2^30 may end in NaN: its maximum is a
+rounded product, which a fused one is subtracted from in the exponent (`online_softmax.py`, where
+the difference comes first, for an instruction more a score).
+
 What the compiler (Triton 3.6) makes necessary:
 * Shared-memory buffers are indexed by `opaque_zero()` inside loops. With constant addresses LLVM
   hoists all 72 wgmma descriptors out of the loop, and they are spilled (1,064 bytes).
