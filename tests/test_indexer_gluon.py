@@ -10,6 +10,7 @@ from dsa_bench.kernels.indexer import OPERATOR, IndexerOutputs, IndexerShape
 from dsa_bench.operator import Machine
 from tests import hostile
 from tests.gluon_emulator import Deadlock, emulated_gluon
+from tests.program_shares import recorded
 
 H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
 A100 = Machine(device="cuda", name="A100", capability=(8, 0), num_sms=108)
@@ -22,13 +23,10 @@ def inputs_of(queries, keys, heads=64, precision="fp8", mutate=hostile.plain, se
 
 
 def emulate(inputs, *, seed=0, num_sms=3, changes=None, **options):
-    """Logits of the emulated kernel; `changes`: {"module.name": wrapper of what stands there}."""
+    """Logits of the emulated kernel, with `changes` to its modules."""
     with emulated_gluon(seed=seed, num_sms=num_sms) as emulated, hostile.poisoned_outputs():
         kernel = emulated.load(KERNEL)
-        for path, change in (changes or {}).items():
-            module, _, name = path.partition(".")
-            module = emulated.load(f"dsa_bench.kernels.{module}")
-            setattr(module, name, change(getattr(module, name)))
+        emulated.change(changes or {})
         return kernel.ragged_logits(
             inputs.index_q, inputs.index_k, inputs.index_k_scale, inputs.index_weights,
             inputs.kv_start, inputs.kv_end, **options,
@@ -77,16 +75,7 @@ def test_programs_share_all_visits_equally(num_sms):
     """Every tile that a query of a block sees is visited once, by runs that differ by the last."""
     inputs = inputs_of(33, 1300, mutate=hostile.indexer_ragged, seed=1)
     runs = []
-
-    def record(share_of_program):
-        def shared(*arguments):
-            share = share_of_program(*arguments)
-            runs.append(tuple(int(getattr(share, n)) for n in ("block", "skipped", "visits")))
-            return share
-
-        return shared
-
-    emulate(inputs, num_sms=num_sms, changes={"ragged_logits.share_of_program": record})
+    emulate(inputs, num_sms=num_sms, changes={"ragged_logits.share_of_program": recorded(runs)})
     tiles = []
     for block in range(0, 33, 8):
         part = slice(block, block + 8)

@@ -133,10 +133,7 @@ def emulate(inputs, *, seed=0, num_sms=3, changes=None):
     """(indices, indices of the separate kernels, rows that were done whole)."""
     with emulated_gluon(seed=seed, num_sms=num_sms) as emulated, hostile.poisoned_outputs():
         kernel = emulated.load(KERNEL)
-        for path, change in (changes or {}).items():
-            module, _, name = path.partition(".")
-            module = emulated.load(f"dsa_bench.kernels.{module}")
-            setattr(module, name, change(getattr(module, name)))
+        emulated.change(changes or {})
         whole, rescue = [], kernel.rescue_rows
 
         def watched(tensors, failed, *rest, **options):

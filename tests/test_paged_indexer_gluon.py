@@ -10,6 +10,7 @@ from dsa_bench.kernels.paged_indexer import OPERATOR, PagedIndexerOutputs, Paged
 from dsa_bench.operator import Machine
 from tests import hostile
 from tests.gluon_emulator import Deadlock, EmulationError, emulated_gluon
+from tests.program_shares import recorded
 
 H100 = Machine(device="cuda", name="H100", capability=(9, 0), num_sms=132)
 A100 = Machine(device="cuda", name="A100", capability=(8, 0), num_sms=108)
@@ -31,13 +32,10 @@ def inputs_of(shape, mutate=hostile.plain, seed=0):
 
 
 def emulate(inputs, *, seed=0, num_sms=3, changes=None):
-    """Logits of the emulated kernel; `changes`: {"module.name": wrapper of what stands there}."""
+    """Logits of the emulated kernel, with `changes` to its modules."""
     with emulated_gluon(seed=seed, num_sms=num_sms) as emulated, hostile.poisoned_outputs():
         kernel = emulated.load(KERNEL)
-        for path, change in (changes or {}).items():
-            module, _, name = path.partition(".")
-            module = emulated.load(f"dsa_bench.kernels.{module}")
-            setattr(module, name, change(getattr(module, name)))
+        emulated.change(changes or {})
         return PagedIndexerOutputs(
             kernel.paged_logits(
                 inputs.index_q, inputs.index_cache, inputs.index_weights, inputs.seq_lens,
@@ -109,16 +107,7 @@ def test_emulated_whatever_is_slow(seed):
 def test_programs_share_all_pages_equally(num_sms):
     inputs = inputs_of(shape_of(6, 700), one_long_among_short)
     runs = []
-
-    def record(share_of_program):
-        def shared(*arguments):
-            share = share_of_program(*arguments)
-            runs.append(tuple(int(getattr(share, n)) for n in ("block", "skipped", "visits")))
-            return share
-
-        return shared
-
-    emulate(inputs, num_sms=num_sms, changes={"page_tiles.share_of_program": record})
+    emulate(inputs, num_sms=num_sms, changes={"page_tiles.share_of_program": recorded(runs)})
     pages = [-(-max(0, min(n, 704)) // 64) for n in inputs.seq_lens[:, 0].tolist()]
     tiles = [(sequence, tile) for sequence, n in enumerate(pages) for tile in range(n)]
     visited = []

@@ -25,9 +25,10 @@ registers, speed.
 import importlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -54,6 +55,14 @@ class Emulated:
     def load(self, name: str) -> types.ModuleType:
         """Import a module with kernels on top of the emulator."""
         return importlib.import_module(name)
+
+    def change(self, changes: Mapping[str, Callable[[Any], Any]]) -> None:
+        """Put something else in place of names of our kernels' modules: {"module.name": what makes
+        it of what stands there}."""
+        for path, make in changes.items():
+            module, _, name = path.partition(".")
+            loaded = self.load(f"dsa_bench.kernels.{module}")
+            setattr(loaded, name, make(getattr(loaded, name)))
 
 
 @contextmanager
