@@ -1,14 +1,10 @@
 """Caching of new tokens in plain Triton, in one launch for both caches.
 
-A program makes index keys, four tokens a warp and eight lanes each, or latents, a token a warp.
-Few tokens take one step of each program. Many are walked by as many programs as fit on the SMs at
-once, and what the next step needs is read before this one's arithmetic: its rows and angles, the
-positions of the one after. Nothing goes through shared memory and no warp waits for another.
-The Hadamard transform is 7 steps of sums and differences in fp32, within a thread or between two of
-a warp. Memory bound in prefill, bound by its launch in decode.
-
-Tensors of [lanes, tokens] hold one element a thread, the lane in dimension 0: of dimensions in
-which nothing is contiguous the compiler lays the first along the lanes of a warp.
+A program makes index keys (`index_key_rows.py`) or latents (`latent_rows.py`). Few tokens take one
+step of each program. Many are walked by as many programs as fit on the SMs at once, and what the
+next step needs is read before this one's arithmetic: its rows and angles, the positions of the one
+after. Nothing goes through shared memory and no warp waits for another. Memory bound in prefill,
+bound by its launch in decode: `docs/kernels/cache_write.md`.
 """
 
 from dataclasses import dataclass
@@ -21,280 +17,13 @@ from torch import Tensor
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.cache_write import CacheWriteInputs, CacheWriteOutputs, CacheWriteShape
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.e4m3_triton import (
-    hadamard_128,
-    pair_of_columns,
-    power_of_two_scale,
-    rotate_half_split_64,
-)
+from dsa_bench.kernels.index_key_rows import KEYS_A_WARP, cache_index_keys
+from dsa_bench.kernels.latent_rows import cache_latents
 from dsa_bench.kernels.listed_attention import ask_device
 from dsa_bench.kernels.paging import HEAD_DIM_QK, INDEX_DIM, INDEX_ROW_BYTES, MLA_ROW_BYTES
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "cache_write"
-KEYS_A_WARP = 4
-"""Index keys that a warp makes at once, of eight lanes each."""
-LEAST_LATENT_SCALE = tl.constexpr(2.0**-13)
-"""2^ceil(log2(1e-4)): LATENT_SCALE_FLOOR."""
-LEAST_INDEX_SCALE = tl.constexpr(2.0**-22)
-"""2^ceil(log2(1e-4 / 448)): INDEX_AMAX_FLOOR."""
-
-
-@triton.jit
-def _tokens_of_lanes(first_t, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """[LANES, ROWS] of first_t … first_t + ROWS - 1, each in all its lanes.
-
-    By way of a remainder, or the compiler would see that they follow one another and lay them, not
-    the lanes, along a warp.
-    """
-    return tl.reshape(first_t + tl.arange(0, LANES * ROWS) % ROWS, [LANES, ROWS])
-
-
-@triton.jit
-def _read_place(positions_ptr, slots_ptr, token, num_tokens):
-    """(position, slot); the slot is -1 beyond the last token."""
-    exists = token < num_tokens
-    position = tl.load(positions_ptr + token, mask=exists, other=0)
-    return position, tl.load(slots_ptr + token, mask=exists, other=-1)
-
-
-@triton.jit
-def _is_slot(slot, num_slots):
-    return (slot >= 0) & (slot < num_slots)
-
-
-@triton.jit
-def _read_words(row, words, exists, IN_WORDS: tl.constexpr):
-    """Pairs of bf16 in int32; `row` points to int32 if IN_WORDS, else to bf16 of any alignment.
-
-    Pairs, because a loop that carries bf16 from one step to the next holds 16 bits a register, and
-    waits for the load at the end of the step to part them.
-    """
-    if IN_WORDS:
-        pairs = tl.load(row + words, mask=exists, other=0)
-    else:
-        low = tl.load(row + 2 * words, mask=exists, other=0.0).to(tl.int16, bitcast=True)
-        high = tl.load(row + 2 * words + 1, mask=exists, other=0.0).to(tl.int16, bitcast=True)
-        pairs = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-    return pairs
-
-
-@triton.jit
-def _parts(pairs):
-    """(first, second) of each pair, in fp32."""
-    first, second = pairs << 16, pairs & -65536
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _quantize(y, inverse):
-    """bf16 times `inverse`, a power of two in fp32, to e4m3, as `quantize_by` does: by way of fp32,
-    for which the compiler's own way takes three instructions for two elements and this one two."""
-    y = (y * inverse.to(tl.bfloat16)).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return y.to(tl.float32, bitcast=True).to(tl.float8e4nv)
-
-
-@triton.jit
-def _latent_columns(WIDTH: tl.constexpr):
-    """[32, 1, 16 / WIDTH, WIDTH]: of a lane, WIDTH beside one another: 16 bytes of the cache."""
-    lane = tl.arange(0, 32)[:, None, None, None]
-    part = tl.arange(0, 16 // WIDTH)[None, None, :, None]
-    return (part * 32 + lane) * WIDTH + tl.arange(0, WIDTH)[None, None, None, :]
-
-
-@triton.jit
-def _read_latent(kv_ptr, token, num_tokens, stride_kv, WIDTH: tl.constexpr, IN_WORDS: tl.constexpr):
-    """(latent, key) as pairs: [32, LATENT_T, 2, 4] in the order of `_latent_columns`, and one."""
-    row = kv_ptr + token.to(tl.int64) * stride_kv
-    exists = token < num_tokens
-    lane = tl.arange(0, 32)[:, None]
-    each, part = lane[:, :, None, None], tl.arange(0, 2)[None, None, :, None]
-    first = each * 8 + part * 4 if WIDTH == 16 else (part * 32 + each) * 4
-    words = first + tl.arange(0, 4)[None, None, None, :]
-    latent = _read_words(row[:, :, None, None], words, exists[:, :, None, None], IN_WORDS)
-    return latent, _read_words(row, 256 + lane, exists, IN_WORDS)
-
-
-@triton.jit
-def _read_angle(rope_ptr, position, slot, num_slots):
-    """(cos, sin) of the pair of each lane; not read of a token that has no slot."""
-    is_slot = _is_slot(slot, num_slots)
-    angle = rope_ptr + position.to(tl.int64) * 64 + tl.arange(0, 32)[:, None]
-    cos = tl.load(angle, mask=is_slot, other=0.0)
-    return cos, tl.load(angle + 32, mask=is_slot, other=0.0)
-
-
-@triton.jit
-def _write_latent(
-    latent, key, cos, sin, slot, weight, values_ptr, scale_ptr, key_ptr, num_slots, eps,
-    FP8: tl.constexpr, LATENT_T: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    low, high = _parts(latent)
-    x = tl.reshape(tl.join(low, high), [32, LATENT_T, 16 // WIDTH, WIDTH])
-    mean_square = tl.sum(tl.sum(tl.sum(x * x, 3), 2), 0, keep_dims=True) / 512
-    # as torch.rsqrt on a GPU; a rounded root and a division take 20 instructions more
-    x = x * tl.rsqrt(mean_square + eps)[:, :, None, None] * weight
-    first, second = _parts(key)
-    pair = tl.join(first * cos - second * sin, first * sin + second * cos).to(tl.bfloat16)
-
-    is_slot, row = _is_slot(slot, num_slots), slot.to(tl.int64)
-    written, columns = is_slot[:, :, None, None], _latent_columns(WIDTH)
-    lane = tl.arange(0, 32)[:, None]
-    pair_columns = lane[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    if FP8:
-        # what is rounded before and after it is compared has the same maximum
-        largest = tl.reshape(tl.max(tl.max(tl.abs(x), 3), 2), [4, 8, LATENT_T])
-        largest = tl.max(largest, 1, keep_dims=True).to(tl.bfloat16).to(tl.float32)
-        largest = tl.reshape(tl.broadcast_to(largest, [4, 8, LATENT_T]), [32, LATENT_T])
-        scale, inverse = power_of_two_scale(largest, LEAST_LATENT_SCALE)
-        values = _quantize(x.to(tl.bfloat16), inverse[:, :, None, None])
-        tl.store(values_ptr + (row * 656)[:, :, None, None] + columns, values, mask=written)
-        scales = scale_ptr + row * 164 + 128 + lane // 8
-        tl.store(scales, scale, mask=is_slot & (lane % 8 == 0))
-        keys = key_ptr + (row * 328 + 264)[:, :, None] + pair_columns
-    else:
-        values = values_ptr + (row * 576)[:, :, None, None] + columns
-        tl.store(values, x.to(tl.bfloat16), mask=written)
-        keys = key_ptr + (row * 576 + 512)[:, :, None] + pair_columns
-    tl.store(keys, pair, mask=is_slot[:, :, None])
-
-
-@triton.jit
-def _cache_latents(
-    kv_ptr, kv_norm_ptr, positions_ptr, rope_ptr, slots_ptr, values_ptr, scale_ptr, key_ptr,
-    num_tokens, num_slots, stride_kv, eps, first_t, step_t,
-    FP8: tl.constexpr, LATENT_T: tl.constexpr,
-    IN_WORDS: tl.constexpr,
-):  # fmt: skip
-    """LATENT_T rows of the latent cache from first_t on, and those step_t further, and so on.
-
-    Pointers to caches count elements of their own type.
-    """
-    WIDTH: tl.constexpr = 16 if FP8 else 8
-    token = _tokens_of_lanes(first_t, 32, LATENT_T)
-    latent, key = _read_latent(kv_ptr, token, num_tokens, stride_kv, WIDTH, IN_WORDS)
-    # where x is, or it would go through shared memory
-    columns = _latent_columns(WIDTH) + tl.zeros([1, LATENT_T, 1, 1], tl.int32)
-    weight = tl.load(kv_norm_ptr + columns).to(tl.float32)
-    position, slot = _read_place(positions_ptr, slots_ptr, token, num_tokens)
-    token += step_t
-    next_position, next_slot = _read_place(positions_ptr, slots_ptr, token, num_tokens)
-    cos, sin = _read_angle(rope_ptr, position, slot, num_slots)
-    for _ in range(first_t, num_tokens, step_t):
-        next_latent, next_key = _read_latent(kv_ptr, token, num_tokens, stride_kv, WIDTH, IN_WORDS)
-        next_cos, next_sin = _read_angle(rope_ptr, next_position, next_slot, num_slots)
-        token += step_t
-        next_position, later_slot = _read_place(positions_ptr, slots_ptr, token, num_tokens)
-        # always: but without a branch the compiler moves these loads behind the arithmetic
-        if num_slots > 0:
-            _write_latent(
-                latent, key, cos, sin, slot, weight, values_ptr, scale_ptr, key_ptr, num_slots, eps,
-                FP8, LATENT_T, WIDTH,
-            )  # fmt: skip
-        latent, key, cos, sin = next_latent, next_key, next_cos, next_sin
-        slot, next_slot = next_slot, later_slot
-
-
-@triton.jit
-def _of_columns(x, ROWS: tl.constexpr, EACH: tl.constexpr):
-    """[8, ROWS], the same in all lanes of a row, as [ROWS, 8 · EACH] of EACH columns a lane."""
-    x = tl.permute(tl.broadcast_to(x[:, :, None], [8, ROWS, EACH]), [1, 0, 2])
-    return tl.max_constancy(tl.reshape(x, [ROWS, 8 * EACH]), [1, 8 * EACH])
-
-
-@triton.jit
-def _read_index_key(
-    index_k_ptr, token, num_tokens, stride_index_k, BLOCK_T: tl.constexpr, IN_WORDS: tl.constexpr
-):
-    """Both halves of each index key, as pairs [BLOCK_T, 32]."""
-    token = _of_columns(token, BLOCK_T, 4)
-    row = index_k_ptr + token.to(tl.int64) * stride_index_k
-    exists, words = token < num_tokens, tl.arange(0, 32)[None, :]
-    low = _read_words(row, words, exists, IN_WORDS)
-    return low, _read_words(row, 32 + words, exists, IN_WORDS)
-
-
-@triton.jit
-def _read_index_angle(rope_ptr, position, slot, num_slots, BLOCK_T: tl.constexpr):
-    """(cos, sin) of each column of the first half; not read of a token that has no slot."""
-    position, slot = _of_columns(position, BLOCK_T, 8), _of_columns(slot, BLOCK_T, 8)
-    is_slot = _is_slot(slot, num_slots)
-    angle = rope_ptr + position.to(tl.int64) * 64 + pair_of_columns()[None, :]
-    cos = tl.load(angle, mask=is_slot, other=0.0)
-    return cos, tl.load(angle + 32, mask=is_slot, other=0.0)
-
-
-@triton.jit
-def _read_halves(vector_ptr):
-    offs_d = tl.arange(0, 64)[None, :]
-    return tl.load(vector_ptr + offs_d), tl.load(vector_ptr + 64 + offs_d)
-
-
-@triton.jit
-def _write_index_key(
-    low, high, cos, sin, slot, weight, bias, values_ptr, scale_ptr,
-    num_slots, eps, PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    offs_d, wide_slot = tl.arange(0, 64), _of_columns(slot, BLOCK_T, 8)
-    written = _is_slot(wide_slot, num_slots)
-    low = tl.reshape(tl.join(*_parts(low)), [BLOCK_T, 64])
-    high = tl.reshape(tl.join(*_parts(high)), [BLOCK_T, 64])
-    mean = (tl.sum(low + high, 1) / 128)[:, None]
-    low, high = low - mean, high - mean
-    inverse = tl.rsqrt(tl.sum(low * low + high * high, 1) / 128 + eps)[:, None]
-    low = low * inverse * weight[0] + bias[0]
-    high = high * inverse * weight[1] + bias[1]
-    low, high = low.to(tl.bfloat16).to(tl.float32), high.to(tl.bfloat16).to(tl.float32)
-    low = rotate_half_split_64(low, cos, sin, BLOCK_T).to(tl.bfloat16).to(tl.float32)
-    low, high = hadamard_128(low, high, BLOCK_T)
-    if FP8:
-        page, offset = (wide_slot // PAGE_SIZE).to(tl.int64), wide_slot % PAGE_SIZE
-        values = values_ptr + page * (PAGE_SIZE * 132) + offset * 128 + offs_d[None, :]
-        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1, keep_dims=True)
-        largest = largest.to(tl.bfloat16).to(tl.float32)
-        inverse = power_of_two_scale(largest, LEAST_INDEX_SCALE)[1]
-        tl.store(values, _quantize(low.to(tl.bfloat16), inverse), mask=written)
-        tl.store(values + 64, _quantize(high.to(tl.bfloat16), inverse), mask=written)
-        # once more where the slots are, a lane of each token
-        largest = tl.broadcast_to(tl.permute(largest, [1, 0]), [8, BLOCK_T])
-        scale = power_of_two_scale(largest, LEAST_INDEX_SCALE)[0]
-        page, offset = (slot // PAGE_SIZE).to(tl.int64), slot % PAGE_SIZE
-        scales = scale_ptr + page * (PAGE_SIZE * 33) + PAGE_SIZE * 32 + offset
-        is_first = tl.arange(0, 8)[:, None] == 0
-        tl.store(scales, scale, mask=_is_slot(slot, num_slots) & is_first)
-    else:
-        values = values_ptr + wide_slot.to(tl.int64) * 128 + offs_d[None, :]
-        tl.store(values, low.to(tl.bfloat16), mask=written)
-        tl.store(values + 64, high.to(tl.bfloat16), mask=written)
-
-
-@triton.jit
-def _cache_index_keys(
-    index_k_ptr, weight_ptr, bias_ptr, positions_ptr, rope_ptr, slots_ptr, values_ptr, scale_ptr,
-    num_tokens, num_slots, stride_index_k, eps, first_t, step_t,
-    PAGE_SIZE: tl.constexpr, FP8: tl.constexpr, BLOCK_T: tl.constexpr,
-    IN_WORDS: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_T rows of the index cache from first_t on, and those step_t further, and so on."""
-    token = _tokens_of_lanes(first_t, 8, BLOCK_T)
-    low, high = _read_index_key(index_k_ptr, token, num_tokens, stride_index_k, BLOCK_T, IN_WORDS)
-    position, slot = _read_place(positions_ptr, slots_ptr, token, num_tokens)
-    for _ in range(first_t, num_tokens, step_t):
-        cos, sin = _read_index_angle(rope_ptr, position, slot, num_slots, BLOCK_T)
-        token += step_t
-        next_low, next_high = _read_index_key(
-            index_k_ptr, token, num_tokens, stride_index_k, BLOCK_T, IN_WORDS
-        )
-        position, next_slot = _read_place(positions_ptr, slots_ptr, token, num_tokens)
-        # always: but without a branch the compiler moves these loads behind the arithmetic
-        if num_slots > 0:
-            # at every step anew, from L1: to hold them would take 32 registers
-            weight, bias = _read_halves(weight_ptr), _read_halves(bias_ptr)
-            _write_index_key(
-                low, high, cos, sin, slot, weight, bias, values_ptr, scale_ptr,
-                num_slots, eps, PAGE_SIZE, FP8, BLOCK_T,
-            )  # fmt: skip
-        low, high, slot = next_low, next_high, next_slot
 
 
 @triton.jit
@@ -311,7 +40,7 @@ def _cache_write_kernel(
     column, columns, part = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     if part >= INDEX_PARTS:
         first_t = (column * LATENT_PARTS + part - INDEX_PARTS) * LATENT_T
-        _cache_latents(
+        cache_latents(
             kv_ptr, kv_norm_ptr, positions_ptr, rope_ptr, slots_ptr,
             kv_values_ptr, kv_scale_ptr, kv_key_ptr,
             num_tokens, num_slots, stride_kv, eps, first_t, columns * (LATENT_PARTS * LATENT_T),
@@ -319,7 +48,7 @@ def _cache_write_kernel(
         )  # fmt: skip
     elif INDEX_PARTS:
         first_t = (column * INDEX_PARTS + part) * BLOCK_T
-        _cache_index_keys(
+        cache_index_keys(
             index_k_ptr, index_weight_ptr, index_bias_ptr, positions_ptr, rope_ptr, slots_ptr,
             index_values_ptr, index_scale_ptr,
             num_tokens, num_slots, stride_index_k, eps, first_t, columns * (INDEX_PARTS * BLOCK_T),
@@ -467,33 +196,36 @@ IMPLEMENTATIONS = (Implementation(name="triton", run=run, supports=supports, pri
 
 
 def compile_cases() -> list[CompileCase]:
+    """Rows that are read in words, and those whose stride is odd."""
     cases = []
-    for precision in ("fp8", "bf16"):
+    for precision, in_words in (("fp8", True), ("bf16", True), ("fp8", False)):
         is_fp8 = precision == "fp8"
         values = "*fp8e4nv:16" if is_fp8 else "*bf16:16"
+        row, stride = ("*i32:16", "i32:16") if in_words else ("*bf16", "i32")
         signature = {
-            "kv_ptr": "*i32:16", "kv_norm_ptr": "*bf16:16", "index_k_ptr": "*i32:16",
+            "kv_ptr": row, "kv_norm_ptr": "*bf16:16", "index_k_ptr": row,
             "index_weight_ptr": "*fp32:16", "index_bias_ptr": "*fp32:16",
             "positions_ptr": "*i32:16", "rope_ptr": "*fp32:16", "slots_ptr": "*i32:16",
             "kv_values_ptr": values, "kv_scale_ptr": "*fp32:16", "kv_key_ptr": "*bf16:16",
             "index_values_ptr": values, "index_scale_ptr": "*fp32:16",
             "num_tokens": "i32:16", "num_slots": "i32:16",
-            "stride_kv": "i32:16", "stride_index_k": "i32:16", "eps": "fp32",
+            "stride_kv": stride, "stride_index_k": stride, "eps": "fp32",
         }  # fmt: skip
         config = choose_config(4096, 132)
         constexprs = {
             "PAGE_SIZE": 64, "FP8": is_fp8, "INDEX_PARTS": config.index_parts,
             "LATENT_PARTS": config.latent_parts, "BLOCK_T": config.block_t,
-            "LATENT_T": config.latent_t, "IN_WORDS": True,
+            "LATENT_T": config.latent_t, "IN_WORDS": in_words,
         }  # fmt: skip
         cases.append(
             CompileCase(
-                name=f"cache_write_triton[{precision}]",
+                name=f"cache_write_triton[{precision}{'' if in_words else ', odd rows'}]",
                 kernel=_cache_write_kernel,
                 signature=signature,
                 constexprs=constexprs,
                 options={"num_warps": config.num_warps},
-                must_have={"LDG.E.128": 16, "STG.E.128": 1, "SHFL": 60},
+                must_have={"LDG.E.128": 16 if in_words else 2, "STG.E.128": 1, "SHFL": 60},
+                max_shared_bytes=0 if in_words else None,
             )
         )
     return cases

@@ -19,3 +19,5 @@ class CompileCase:
     must_have: Mapping[str, int] = field(default_factory=dict)
     """Beginning of a SASS opcode -> smallest count: {"HGMMA": 16}."""
     max_spill_bytes: int = 0
+    max_shared_bytes: int | None = None
+    """None: what a program may have."""

@@ -20,12 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsa_bench.kernels.decode_query import prepare_columns
 from dsa_bench.kernels.decode_tiles import (
-    ALL_THREADS,
     GROUP_PAIRS,
     GROUPS,
     OUTPUT_WARPS,
     PAIRS_TILE,
-    READY,
     SHARES_TILE,
     STAGES,
     WIDTH,
@@ -35,7 +33,7 @@ from dsa_bench.kernels.decode_tiles import (
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, opaque_zero, seen_as
-from dsa_bench.kernels.weight_ring import ENTRY_FREE, RING
+from dsa_bench.kernels.weight_ring import ALL_THREADS, ENTRY_FREE, READY, RING
 
 HALF_PAIRS = gl.constexpr(128)
 """Pairs of columns of one product: two groups, one for each of its warpgroups."""

@@ -11,7 +11,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from dsa_bench.kernels.decode_tiles import (
-    ALL_THREADS,
     OUTPUT_WARPS,
     PAIRS_TILE,
     SHARE,
@@ -20,6 +19,7 @@ from dsa_bench.kernels.decode_tiles import (
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import opaque_zero, seen_as
+from dsa_bench.kernels.weight_ring import ALL_THREADS
 
 QUERY_PARTS = gl.constexpr(15)
 """Named barrier at which both tell each other: first the largest numbers, then that all is done."""

@@ -19,11 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dsa_bench.kernels.decode_query import QUERY_PARTS, prepare_rope
 from dsa_bench.kernels.decode_tiles import (
-    ALL_THREADS,
     GROUPS,
     PAIRS_TILE,
     PRODUCTS,
-    READY,
     SHARE,
     SHARES_TILE,
     STAGES,
@@ -43,7 +41,7 @@ from dsa_bench.kernels.seesaw_tiles import (
     opaque_zero,
     seen_as,
 )
-from dsa_bench.kernels.weight_ring import ENTRY_FREE, RING
+from dsa_bench.kernels.weight_ring import ALL_THREADS, ENTRY_FREE, READY, RING
 
 SHIFT = gl.constexpr(6.0)
 """Weights are multiplied by 2^6, so that small ones are not lost in f16, ..."""

@@ -20,10 +20,6 @@ GROUP_PAIRS = gl.constexpr(64)
 """Pairs of columns that share a scale; and the M of one product of the outputs."""
 STAGES = gl.constexpr(3)
 """Blocks of keys in shared memory."""
-READY = gl.constexpr(8)
-"""Named barriers of the ring's entries: an entry is filled; ENTRY_FREE says that it was used."""
-ALL_THREADS = gl.constexpr(384)
-"""Of the scores and the outputs."""
 OUTPUT_WARPS = gl.constexpr(8)
 VOTE = gl.constexpr(14)
 """Named barrier at which the scores' threads ask each other."""

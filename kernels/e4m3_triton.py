@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+LEAST_SCALE = tl.constexpr(2.0**-22)
+"""2^ceil(log2(1e-4 / 448)): INDEX_AMAX_FLOOR."""
+
 
 @triton.jit
 def power_of_two_scale(largest, LEAST: tl.constexpr):

@@ -25,7 +25,7 @@ from dsa_bench.kernels.fp8_tiles import (
 from dsa_bench.kernels.head_pieces import count_pieces, piece_after
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
 from dsa_bench.kernels.seesaw_tiles import BLOCK_H, BLOCK_KV, opaque_zero, seen_as
-from dsa_bench.kernels.weight_ring import ENTRY_FREE, FREE_THREADS, READY_THREADS, RING
+from dsa_bench.kernels.weight_ring import ALL_THREADS, ENTRY_FREE, READY_THREADS, RING
 
 VALUES = gl.constexpr(gl.DotOperandLayout(0, OUTPUT, 4))
 LOADED_PAIRS = gl.constexpr(
@@ -62,7 +62,7 @@ def accumulate(arguments, tiles, FIRST: gl.constexpr, READY: gl.constexpr):
             even0, odd0 = _add_values(tiles, stage, FIRST, p, even0, odd0)
             even1, odd1 = _add_values(tiles, stage, FIRST + TILE_PAIRS, p, even1, odd1)
             mbarrier.arrive(tiles.k_free.index(stage), count=1)
-            arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+            arrive_at(ENTRY_FREE + slot, ALL_THREADS)
         slot = ((done + 1) * (arguments.NUM_BLOCKS + 1) - 1) % RING
         wait_at(READY + slot, READY_THREADS)
         factors = tiles.factors.index(slot)
@@ -73,7 +73,7 @@ def accumulate(arguments, tiles, FIRST: gl.constexpr, READY: gl.constexpr):
         num_heads = num_heads if arguments.HEADS_MASKED else None
         _store_output(ptr, piece.first_head, num_heads, even0, odd0, factors, FIRST)
         _store_output(ptr, piece.first_head, num_heads, even1, odd1, factors, FIRST + TILE_PAIRS)
-        arrive_at(ENTRY_FREE + slot, FREE_THREADS)
+        arrive_at(ENTRY_FREE + slot, ALL_THREADS)
 
 
 @gluon.jit

@@ -38,8 +38,8 @@ from dsa_bench.kernels.seesaw_tiles import (
     opaque_zero,
 )
 from dsa_bench.kernels.weight_ring import (
+    ALL_THREADS,
     ENTRY_FREE,
-    FREE_THREADS,
     LEFT_READY,
     READY_THREADS,
     RIGHT_READY,
@@ -101,7 +101,7 @@ def score(arguments, tiles):
         piece = piece_after(done + opaque_zero(), arguments.num_heads)
         _finish(arguments, tiles, entry + LAST + 1, largest, reference, row_sum, kv_scale, piece)
     for slot in gl.static_range(RING):
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
 
 
 @gluon.jit
@@ -136,7 +136,7 @@ def _weigh(s, scale, largest, reference, sums, tiles, entry):
     p = gl.exp2(s * scale[:, None] - (new_reference - WEIGHT_SHIFT)[:, None])
     slot = entry % RING
     if entry >= RING:
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
     tiles.factors.index(slot).store(factor)
     tiles.weights.index(slot).store(_as_loaded(p.to(gl.float8e4nv)))
     # between the stores and the fence that waits for them
@@ -193,7 +193,7 @@ def _finish(arguments, tiles, entry, largest, reference, row_sum, kv_scale, piec
         denominator = row_sum + gl.exp2(sink * LOG2_E - (reference - WEIGHT_SHIFT))
     slot = entry % RING
     if entry >= RING:
-        wait_at(ENTRY_FREE + slot, FREE_THREADS)
+        wait_at(ENTRY_FREE + slot, ALL_THREADS)
     # == 0 and not > 0, here and below: NaN of a key must show
     tiles.factors.index(slot).store(gl.where(row_sum == 0, 0.0, kv_scale / denominator))
     arrive_at(LEFT_READY + slot, READY_THREADS)

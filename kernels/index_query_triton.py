@@ -21,6 +21,7 @@ from torch import Tensor
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.e4m3_triton import (
+    LEAST_SCALE,
     hadamard_128,
     pair_of_columns,
     power_of_two_scale,
@@ -31,8 +32,6 @@ from dsa_bench.kernels.index_query import IndexQueryInputs, IndexQueryOutputs, I
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "index_query"
-LEAST_SCALE = tl.constexpr(2.0**-22)
-"""2^ceil(log2(1e-4 / 448))."""
 NORM = tl.constexpr(0.08838834764831845)
 """128^-1/2."""
 

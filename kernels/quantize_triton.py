@@ -7,15 +7,13 @@ from torch import Tensor
 
 from dsa_bench.expect import expect_tensor
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.e4m3_triton import power_of_two_scale
+from dsa_bench.kernels.e4m3_triton import LEAST_SCALE, power_of_two_scale
 from dsa_bench.kernels.quantize import QuantizeInputs, QuantizeOutputs, QuantizeShape
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "quantize"
 GROUP = 128
 BLOCK_T, BLOCK_G = 4, 8
-LEAST_SCALE = tl.constexpr(2.0**-22)
-"""2^ceil(log2(1e-4 / 448))."""
 
 
 @triton.jit

@@ -7,15 +7,13 @@ from torch import Tensor
 
 from dsa_bench.expect import expect_same_device, expect_tensor
 from dsa_bench.kernels.compile_case import CompileCase
-from dsa_bench.kernels.e4m3_triton import power_of_two_scale
+from dsa_bench.kernels.e4m3_triton import LEAST_SCALE, power_of_two_scale
 from dsa_bench.kernels.rms_norm import RmsNormInputs, RmsNormOutputs, RmsNormShape
 from dsa_bench.operator import Implementation, Machine
 
 IMPLEMENTS = "rms_norm"
 GROUP = 128
 MAX_WIDTH = 8192
-LEAST_SCALE = tl.constexpr(2.0**-22)
-"""2^ceil(log2(1e-4 / 448))."""
 
 
 @triton.jit

@@ -65,8 +65,9 @@ def problems(case: CompileCase, code: aot.MachineCode) -> list[str]:
     found = [f"ptxas: {remark}" for remark in code.remarks]
     if code.spill_bytes > case.max_spill_bytes:
         found.append(f"spills {code.spill_bytes} bytes, allowed are {case.max_spill_bytes}")
-    if code.shared_bytes > aot.SHARED_BYTES_LIMIT:
-        found.append(f"needs {code.shared_bytes} bytes of shared memory, there are 232448")
+    limit = aot.SHARED_BYTES_LIMIT if case.max_shared_bytes is None else case.max_shared_bytes
+    if code.shared_bytes > limit:
+        found.append(f"needs {code.shared_bytes} bytes of shared memory, allowed are {limit}")
     for opcode, least in case.must_have.items():
         if code.count(opcode) < least:
             found.append(f"has {code.count(opcode)} {opcode}, should have {least} or more")
