@@ -27,6 +27,15 @@ def special(x: Tensor) -> Tensor:
     return x
 
 
+def infinities(x: Tensor) -> Tensor:
+    """One of a hundred is +inf, and so many -inf and NaN."""
+    x = x.clone()
+    x[:, 5::97] = INF
+    x[:, 7::101] = -INF
+    x[:, 11::103] = NAN
+    return x
+
+
 def plateau(x: Tensor) -> Tensor:
     """Half of each row is exactly 0, as after a ReLU; of three rows one has 5 % above it, one 15 %,
     one 48 %."""
@@ -55,6 +64,7 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": torch.ones_like,
     "two-valued": lambda x: (x > 0).float(),
     "special": special,
+    "infinities": infinities,
     "ascending": lambda x: x.sort(1).values.contiguous(),
     "descending": lambda x: x.sort(1, descending=True).values.contiguous(),
     "adjacent": adjacent,

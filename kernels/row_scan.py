@@ -123,39 +123,46 @@ def load_sample(
 
 
 @gluon.jit
-def count_sample(sample, WORDS: gl.constexpr):
-    """The depths of a sample, whose first digits are counted: it has arrived when this ends.
+def _all_of(x, is_valid):
+    if is_valid is None:
+        is_valid = gl.full_like(x, 1) == 1
+    return is_valid
+
+
+@gluon.jit
+def count_sample(sample, WORDS: gl.constexpr, is_valid=None):
+    """The depths of a sample, whose first digits are counted (of what is valid; None: all is): it
+    has arrived when this ends.
 
     Behind it the row may be asked for: loads before it would stand in its way, and all that follows
     waits for it (128 rows of 32768: 2 µs later with 16 logits a thread on their way).
     """
     depths = depth_of(loaded_together(sample.to(gl.float32), WORDS))
-    count_digits(depths, 0, FIRST_SHIFT, gl.full_like(depths, 1) == 1, WORDS)
+    count_digits(depths, 0, FIRST_SHIFT, _all_of(depths, is_valid), WORDS)
     block_barrier()
     return depths
 
 
 @gluon.jit
 def choose_threshold(
-    bins, depths, length,
-    TOPK: gl.constexpr, SAMPLE: gl.constexpr, CAPACITY: gl.constexpr, WORDS: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    bins, depths, share,
+    TOPK: gl.constexpr, CAPACITY: gl.constexpr, WORDS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    is_valid=None,
 ):  # fmt: skip
     """(depth, 1): TOPK … CAPACITY logits of the row probably have at most this depth; (.., 0): no
-    threshold is likely to divide the row so. `depths` is what `count_sample` gave, of a row of
-    `length`; the depth is right to 20 bits.
+    threshold is likely to divide the row so. `depths` is what `count_sample` gave, of a sample that
+    is this share of the row; the depth is right to 20 bits.
 
     The rank in the sample is 4.25 σ above what TOPK alone would have, so that one row in 10^5 lists
     too few, but no nearer to what overflows the list than to TOPK, in σ of each.
     """
-    share = SAMPLE / length.to(gl.float32)
-    expected = TOPK * share
+    expected = gl.to_tensor(TOPK * share).to(gl.float32)
     most = CAPACITY * share
     rank = gl.minimum(expected + 4.25 * gl.sqrt(expected) + 1.0, gl.sqrt(expected * most))
-    rank = gl.minimum(gl.maximum(rank.to(gl.int32), 1), SAMPLE)
+    rank = gl.maximum(rank.to(gl.int32), 1)
     number, above, up_to = find_bin(bins, rank, WORDS, NUM_WARPS)
     low = number << FIRST_SHIFT
-    count_digits(depths, low, SAMPLE_SHIFT, gl.full_like(depths, 1) == 1, WORDS)
+    count_digits(depths, low, SAMPLE_SHIFT, _all_of(depths, is_valid), WORDS)
     number, before, reached = find_bin(bins, rank - above, WORDS, NUM_WARPS)
     depth = low + (number << SAMPLE_SHIFT) + (1 << SAMPLE_SHIFT) - 1
     up_to = above + reached
@@ -207,6 +214,28 @@ def append_above(
         column = base + i * CHUNK + offs
         append_entries(x, column, x >= least, values_ptr, columns_ptr, TO_GLOBAL, CAPACITY, WORDS)
         x = following
+
+
+@gluon.jit
+def list_row(
+    bins, row_ptr, base, first, limit,
+    TOPK: gl.constexpr, SAMPLE: gl.constexpr, CAPACITY: gl.constexpr, WORDS: gl.constexpr,
+    VECTOR: gl.constexpr, ELEMENTS: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """`choose_threshold` of the row, and if one is likely, what reaches it in the list."""
+    CHUNK: gl.constexpr = NUM_WARPS * 32 * ELEMENTS
+    sample = load_sample(row_ptr, limit, SAMPLE, VECTOR, NUM_WARPS)
+    depths = count_sample(sample, WORDS)
+    share = SAMPLE / (limit - first).to(gl.float32)
+    threshold, is_likely = choose_threshold(bins, depths, share, TOPK, CAPACITY, WORDS, NUM_WARPS)
+    if is_likely == 1:
+        offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
+        x = load_chunk(row_ptr, 0, offs, first, limit, CHUNK)
+        append_above(
+            x, row_ptr, base, first, limit, 0, (limit + CHUNK - 1) // CHUNK, threshold,
+            row_ptr, row_ptr, False, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS,
+        )  # fmt: skip
+    return threshold, is_likely
 
 
 @gluon.jit

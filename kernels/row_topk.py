@@ -7,9 +7,11 @@ written. A list that came out too short or too long, or a row that no threshold 
 (thousands of equal values), is done digit by digit, in two to five more passes.
 
 Many rows: one program does all three for its row, and three programs on an SM hide each other's
-waits. Few rows: each row is shared out over several programs that take the same sample and
-so the same threshold, list what reaches it in their part in global memory, and end; a second kernel
-does (3) with one program a row (`candidate_list.py`).
+waits. Few rows of up to 32768 columns: a program asks for its whole row at once, holds it in
+registers, and takes the sample from those (`held_row.py`). Few long rows: each is shared out over
+several programs that take the same sample and so the same threshold, list what reaches it in their
+part in global memory, and end; a second kernel does (3) with one program a row
+(`candidate_list.py`).
 
 Supports topk up to 4096, fp32 and bf16 logits, any row length, stride and alignment: loads are of
 16 bytes where the tensor itself begins at a multiple of 16 bytes.
@@ -18,6 +20,7 @@ Supports topk up to 4096, fp32 and bf16 logits, any row length, stride and align
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,6 +34,7 @@ from dsa_bench.kernels.candidate_list import (
 )
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.dependent_launch import let_next_launch, wait_for_launch
+from dsa_bench.kernels.held_row import list_held_row
 from dsa_bench.kernels.paging import Pages
 from dsa_bench.kernels.radix_select import BINS, SLACK_WORDS, SPARE_WORDS, TOP, best_of_list
 from dsa_bench.kernels.row_scan import (
@@ -41,6 +45,7 @@ from dsa_bench.kernels.row_scan import (
     count_sample,
     finish_row,
     list_length,
+    list_row,
     load_chunk,
     load_sample,
     locate_columns,
@@ -59,13 +64,13 @@ def _topk_kernel(
     slots_ptr, table_ptr, seq_len_q, max_pages, stride_table_row,
     TOPK: gl.constexpr, SAMPLE: gl.constexpr, WORDS: gl.constexpr, ELEMENTS: gl.constexpr,
     ELEMENT_BYTES: gl.constexpr, SORTED: gl.constexpr, HAS_PAGES: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, VECTORS: gl.constexpr, IS_DEPENDENT: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One program: one row."""
+    """One program: one row, held in registers or read chunk by chunk."""
     CAPACITY: gl.constexpr = WORDS - SPARE_WORDS
     VECTOR: gl.constexpr = 16 // ELEMENT_BYTES
     LEAST_SHIFT: gl.constexpr = 32 - 8 * ELEMENT_BYTES
-    CHUNK: gl.constexpr = NUM_WARPS * 32 * ELEMENTS
     # first and largest, so that it begins at word 0
     memory = gl.allocate_shared_memory(
         gl.int32, [2 * WORDS // BINS + 1, BINS], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -73,6 +78,8 @@ def _topk_kernel(
     bins = memory.index(2 * WORDS // BINS)
     LAYOUT: gl.constexpr = gl.BlockedLayout([BINS // (32 * NUM_WARPS)], [32], [NUM_WARPS], [0])
     bins.store(gl.zeros([BINS], gl.int32, LAYOUT))
+    if IS_DEPENDENT:
+        wait_for_launch()
     row = gl.program_id(0)
     row_ptr, base, first, limit = locate_row(
         logits_ptr, kv_start_ptr, kv_end_ptr, row, num_cols, stride_row, VECTOR
@@ -92,22 +99,21 @@ def _topk_kernel(
         best = 0
         clear_counters(WORDS)
         if limit - first > CAPACITY:
-            sample = load_sample(row_ptr, limit, SAMPLE, VECTOR, NUM_WARPS)
-            depths = count_sample(sample, WORDS)
-            threshold, is_likely = choose_threshold(
-                bins, depths, limit - first, TOPK, SAMPLE, CAPACITY, WORDS, NUM_WARPS
-            )
-            if is_likely == 1:
-                offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
-                x = load_chunk(row_ptr, 0, offs, first, limit, CHUNK)
-                append_above(
-                    x, row_ptr, base, first, limit, 0, (limit + CHUNK - 1) // CHUNK, threshold,
-                    out_ptr, out_ptr, False, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS,
+            if VECTORS:
+                threshold, is_likely, best = list_held_row(
+                    bins, row_ptr, base, first, limit,
+                    TOPK, CAPACITY, WORDS, VECTORS, VECTOR, NUM_WARPS,
                 )  # fmt: skip
+            else:
+                threshold, is_likely = list_row(
+                    bins, row_ptr, base, first, limit,
+                    TOPK, SAMPLE, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS,
+                )  # fmt: skip
+            if is_likely == 1:
                 length = list_length(WORDS)
                 is_listed = ((length >= TOPK) & (length <= CAPACITY)).to(gl.int32)
                 least_key = threshold ^ TOP
-                if is_listed == 1:
+                if (VECTORS == 0) & (is_listed == 1):
                     best = best_of_list(length, NUM_WARPS)
         finish_row(
             bins, is_listed, length, least_key, best, row_ptr, base, first, limit, out_ptr,
@@ -161,8 +167,9 @@ def _list_kernel(
         offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
         depths = count_sample(sample, WORDS)
         x = load_chunk(row_ptr, begin * CHUNK, offs, first, limit, CHUNK)
+        share = SAMPLE / (limit - first).to(gl.float32)
         threshold, is_likely = choose_threshold(
-            bins, depths, limit - first, TOPK, SAMPLE, CAPACITY, WORDS, NUM_WARPS
+            bins, depths, share, TOPK, CAPACITY, WORDS, NUM_WARPS
         )
         if is_likely == 1:
             append_above(
@@ -188,12 +195,14 @@ class TopkConfig:
     """Logits that a thread loads at a time, in vectors of 16 bytes."""
     max_registers: int = 64
     """Of a thread: 64 leaves room for 4 programs of 8 warps on an SM, 80 for 3."""
+    is_held: bool = False
+    """A program has its whole row in registers, all of it asked for at once."""
     parts: int = 1
     """Programs that share a row and leave the selection to a second kernel; 1: no second kernel."""
     select_warps: int = 8
     """Of the second kernel."""
     is_dependent: bool = True
-    """Both kernels are launched while the one before still runs: from sm_90 on."""
+    """Of few rows, kernels are launched while the one before still runs: from sm_90 on."""
 
 
 def choose_sample(length: int, topk: int) -> int:
@@ -207,16 +216,26 @@ def choose_sample(length: int, topk: int) -> int:
 def choose_config(
     num_rows: int, num_cols: int, topk: int, num_sms: int, list_room: int | None = None
 ) -> TopkConfig:
-    """Many rows: a program each; few: so many parts that the GPU has two programs an SM or nearly
-    so, of at least 2048 columns, with 16 warps from 16384 on.
+    """Many rows: a program each. A row for each SM or fewer, of up to 32768 columns: programs that
+    hold their rows. Other few rows: so many parts that the GPU has two programs an SM or nearly so,
+    of at least 2048 columns, with 16 warps from 16384 on.
 
     H100, topk 2048, µs, from one run for each line:
-        128 × 32768    8 warps 19.4, 16 warps 19.0, twice the parts 18.9, 16 logits a thread 20.5
+        128 × 32768    held 16.4, in parts 18.6, SGLang 28.3
+        16 × 32768     held 12.4, in parts 12.6; 8 rows 12.6 and 11.9
+        128 × 8192     held by 8 warps 11.0, by 16 11.6, in parts 13.9; 256 rows 14.2 and 15.4
+        128 × 32768    parts of 8 warps 19.4, 16 warps 19.0, twice as many 18.9
         32 × 131072    8 warps 20.0, 16 warps 18.9, twice the parts 20.9, 16 logits a thread 19.1
         1 × 131072     8 warps 13.4, 16 warps 13.8, twice the parts 14.0, 16 logits a thread 13.9
         4096 × 32768   16 logits a thread and 80 registers 224, 8 and 64 245, 16 and 96 260
     """
     words, sample = list_words(topk), choose_sample(num_cols, topk)
+    if num_cols >= words and _can_hold(num_rows, num_cols, num_sms):
+        num_warps = 8 if num_cols <= 8192 else 16
+        return TopkConfig(
+            num_warps=num_warps, sample=sample, words=words, elements=8, max_registers=128,
+            is_held=True,
+        )  # fmt: skip
     parts = 1
     while 2 * num_rows * parts < 3 * num_sms and parts < 64 and num_cols >= 4096 * parts:
         parts *= 2
@@ -227,6 +246,15 @@ def choose_config(
         num_warps=16 if num_cols >= 16384 * parts else 8,
         sample=sample, words=words, elements=8, parts=parts, select_warps=16,
     )  # fmt: skip
+
+
+def _can_hold(num_rows: int, num_cols: int, num_sms: int) -> bool:
+    """Whether all programs run at once, each with its row in registers, and enough of them."""
+    if num_cols <= 8192:
+        return num_rows <= 2 * num_sms
+    if num_cols <= 16384:
+        return num_rows <= num_sms
+    return num_cols <= 32768 and 16 <= num_rows <= num_sms
 
 
 def topk(
@@ -286,16 +314,25 @@ def _scan_constants(config: TopkConfig, element_bytes: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _held_vectors(config: TopkConfig, num_cols: int, element_bytes: int) -> int:
+    """Of 16 bytes, that a thread holds: the least power of 2 that is enough; 0: none."""
+    of_threads = config.num_warps * 32 * 16 // element_bytes
+    return triton.next_power_of_2(-(-num_cols // of_threads)) if config.is_held else 0
+
+
 def _launch_rows(
     logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
     pages: Pages | None, slots: Tensor | None, config: TopkConfig,
 ) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
+    is_dependent = config.is_held and config.is_dependent
     _topk_kernel[(num_rows,)](
         logits, kv_start, kv_end, out, num_cols, logits.stride(0),
         TOPK=out.shape[1], WORDS=config.words, SORTED=sorted_indices,
+        VECTORS=_held_vectors(config, num_cols, logits.element_size()), IS_DEPENDENT=is_dependent,
         **page_arguments(pages, slots, num_rows), **_scan_constants(config, logits.element_size()),
         num_warps=config.num_warps, maxnreg=config.max_registers,
+        launch_pdl=is_dependent,
     )  # fmt: skip
 
 
@@ -334,15 +371,20 @@ def compile_cases() -> list[CompileCase]:
         ("values_ptr", "fp32"), ("columns_ptr", "i32"), ("counts_ptr", "i32"),
     )}  # fmt: skip
     cases = []
-    for label, num_rows, kind, is_sorted, page_size in (
-        ("few-rows", 32, "fp32", False, None),
-        ("few-rows-bf16", 32, "bf16", False, None),
-        ("many-rows", 4096, "fp32", False, None),
-        ("many-rows-bf16-sorted", 4096, "bf16", True, None),
-        ("many-rows-slots", 4096, "fp32", False, 64),
-        ("many-rows-slots-sorted", 4096, "fp32", True, 17),
+    for label, num_rows, num_cols, kind, is_sorted, page_size in (
+        ("few-rows", 32, 131072, "fp32", False, None),
+        ("few-rows-bf16", 32, 131072, "bf16", False, None),
+        ("many-rows", 4096, 131072, "fp32", False, None),
+        ("many-rows-bf16-sorted", 4096, 131072, "bf16", True, None),
+        ("many-rows-slots", 4096, 131072, "fp32", False, 64),
+        ("many-rows-slots-sorted", 4096, 131072, "fp32", True, 17),
+        ("held", 128, 32768, "fp32", False, None),
+        ("held-slots", 128, 32768, "fp32", False, 64),
+        ("held-bf16-slots-sorted", 128, 32768, "bf16", True, 17),
+        ("held-16384", 128, 16384, "fp32", False, None),
+        ("held-8192", 128, 8192, "fp32", False, 64),
     ):
-        config = choose_config(num_rows, 131072, 2048, 132)
+        config = choose_config(num_rows, num_cols, 2048, 132)
         options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
         element_bytes = 4 if kind == "fp32" else 2
         constexprs = {"TOPK": 2048, **_scan_constants(config, element_bytes)}
@@ -350,6 +392,8 @@ def compile_cases() -> list[CompileCase]:
         if config.parts == 1:
             of_pages, page_constexprs = page_types(page_size)
             constexprs |= {"WORDS": config.words, "SORTED": is_sorted, **page_constexprs}
+            vectors = _held_vectors(config, num_cols, element_bytes)
+            constexprs |= {"VECTORS": vectors, "IS_DEPENDENT": config.is_held}
             own |= of_pages
         else:
             constexprs |= {"CAPACITY": 5056, "PART_CAPACITY": 5088}
@@ -362,7 +406,7 @@ def compile_cases() -> list[CompileCase]:
                 signature=own,
                 constexprs=constexprs,
                 options=options,
-                must_have={"ATOMS": 3, "LDG.E.128": 4},
+                must_have={"ATOMS": 3, "LDG.E.128": max(4, constexprs.get("VECTORS", 0) + 2)},
             )
         )
     return cases

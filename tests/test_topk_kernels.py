@@ -130,7 +130,12 @@ WAYS = {
     "one-sorted": {"parts": 1, "num_warps": 4, "elements": 16},
     "parts": {"parts": 4, "num_warps": 4, "elements": 8, "select_warps": 4},
     "parts-sorted": {"parts": 2, "num_warps": 8, "elements": 8, "select_warps": 8},
+    "held-one": {"parts": 1, "is_held": True, "num_warps": 16, "elements": 8},
+    "held-one-sorted": {"parts": 1, "is_held": True, "num_warps": 8, "elements": 8},
 }
+SHORT_WAYS = ["one", "parts", "held-one"]
+for way in WAYS.values():
+    way.setdefault("is_held", False)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -196,7 +201,7 @@ def test_gluon_emulated_reads_usual_rows_once(kind, way, monkeypatch):
     assert_stable(replace(inputs, index_logits=logits), TopkOutputs(out))
 
 
-@pytest.mark.parametrize("way", ["one", "parts"])
+@pytest.mark.parametrize("way", SHORT_WAYS)
 @pytest.mark.parametrize("listed", [0, 511, 512, 4032, 4033, 9000])
 def test_gluon_emulated_with_a_threshold_that_lists_so_many(listed, way, monkeypatch):
     """A list that is too short, just full, or too long; the row is right all the same."""
@@ -206,9 +211,10 @@ def test_gluon_emulated_with_a_threshold_that_lists_so_many(listed, way, monkeyp
         depth = emulated.load("dsa_bench.kernels.row_scan").depth_of(values)
         kernels = emulated.load("dsa_bench.kernels.row_topk")
         threshold = depth[listed - 1] if listed else depth[0] - 1
-        monkeypatch.setattr(
-            kernels, "choose_threshold", lambda *_: (threshold, torch.tensor(1, dtype=torch.int32))
-        )
+        chosen = threshold, torch.tensor(1, dtype=torch.int32)
+        for name in ("row_topk", "row_scan", "held_row"):
+            module = emulated.load(f"dsa_bench.kernels.{name}")
+            monkeypatch.setattr(module, "choose_threshold", lambda *_: chosen)
         config = replace(kernels.choose_config(1, 9000, 512, 132), **WAYS[way])
         out = kernels.topk(
             inputs.index_logits, inputs.kv_start, inputs.kv_end, 512, config=config
@@ -223,7 +229,7 @@ def test_gluon_emulated_for_any_topk(topk, cols):
     assert_stable(inputs, emulate(inputs, topk))
 
 
-@pytest.mark.parametrize("way", ["one", "parts"])
+@pytest.mark.parametrize("way", SHORT_WAYS)
 def test_gluon_emulated_looks_at_nothing_outside_the_range(way):
     inputs = OPERATOR.make_inputs(full(8, 6001, 300), seed=4, device="cpu")
     start = torch.tensor([1, 2, 3, 5, 6, 7, 1001, 999], dtype=torch.int32)
@@ -236,7 +242,7 @@ def test_gluon_emulated_looks_at_nothing_outside_the_range(way):
         assert_stable(spoiled, emulate(spoiled, 5, **WAYS[way]))
 
 
-@pytest.mark.parametrize("way", ["one", "parts"])
+@pytest.mark.parametrize("way", SHORT_WAYS)
 def test_gluon_emulated_clamps_the_range(way):
     inputs = OPERATOR.make_inputs(full(5, 700, 300), seed=6, device="cpu")
     start = torch.tensor([-5, -(2**31), 650, 7, 2**31 - 1], dtype=torch.int32)
@@ -264,13 +270,16 @@ def test_few_rows_of_random_logits_miss_their_threshold(length, topk):
     assert min(sigmas) > (4.2 if (length, topk) == (32768, 2048) else 3.0)
 
 
-@pytest.mark.parametrize("length", [1, 5000, 131072, 2**20])
+@pytest.mark.parametrize("length", [1, 5000, 8192, 16384, 32768, 131072, 2**20])
 def test_gluon_config_fits_the_case(length):
     for num_rows in (1, 32, 128, 4096):
         for topk in (1, 512, 2048, 4096):
             config = row_topk.choose_config(num_rows, length, topk, 132)
             assert topk + 64 < config.words
             assert config.parts <= candidate_list.MAX_PARTS
+            if config.is_held:
+                # all at once, in at most 64 registers a thread
+                assert num_rows <= 2 * 132 and length <= config.num_warps * 32 * 64
             if config.parts > 1:
                 # of at least 2048 columns, and no more than fill the machine
                 assert length >= 2048 * config.parts and num_rows * config.parts < 4 * 132
@@ -357,6 +366,7 @@ SHAPES = [
     full(16, 8192, 2048), full(16, 20000, 512), full(16, 131072, 2048), full(16, 4100, 2048),
     full(9, 300000, 1024), full(64, 5000, 1), full(7, 4999, 257), full(33, 2048, 2048),
     full(5, 65537, 4096), full(5, 9000, 300), full(300, 40000, 2048), full(2, 2**20, 2048),
+    full(130, 32767, 2048), full(130, 8191, 4096),
 ]  # fmt: skip
 
 
@@ -394,7 +404,9 @@ def test_gluon_takes_the_lowest_columns(shape, kind):
 @pytest.mark.parametrize("page_size", [1, 17, 64, 2**20])
 @pytest.mark.parametrize("kind", ["ties", "constant", "special"])
 @pytest.mark.parametrize(
-    "shape", [full(1, 131072, 2048), full(9, 20000, 512), full(300, 40000, 2048)], ids=hostile.label
+    "shape",
+    [full(1, 131072, 2048), full(18, 20000, 512), full(300, 40000, 2048)],
+    ids=hostile.label,
 )
 def test_gluon_writes_the_slots_of_its_columns(shape, kind, page_size, is_sorted):
     """With one page a sequence too, and one sequence of one query."""

@@ -187,6 +187,25 @@ def entry_store(text: str, arguments: list[Any]) -> Tensor:
     return torch.tensor(0)
 
 
+def reaching_store(text: str, arguments: list[Any]) -> Tensor:
+    """(places, values, columns, bounds), [threads, elements of a thread]: those that are at least
+    the bound go behind each other from the thread's first place, which is no more than the text's
+    limit, their columns, counted from the first one, some bytes behind. The place behind them."""
+    limit = re.search(r"min.u32 n, n, (\d+);", text)
+    behind = re.search(r"\[a \+ (\d+)\], c;", text)
+    assert limit is not None and behind is not None
+    places, values, columns, bounds = arguments
+    chosen = values >= bounds
+    count = chosen.sum(1, dtype=torch.int32, keepdim=True)
+    start = places[:, :1].clamp(max=int(limit[1]))
+    column = columns[:, :1] + torch.arange(values.shape[1])
+    place = (start + chosen.cumsum(1) - 1)[chosen]
+    with current.program.changed:
+        _shared_words()[_places(place)] = values.contiguous().view(torch.int32)[chosen]
+        _shared_words()[_places(place + int(behind[1]) // 4)] = column[chosen].to(torch.int32)
+    return (start + count).expand(values.shape)
+
+
 def digit_count(text: str, arguments: list[Any]) -> Tensor:
     """(number, low, shift, predicate): adds 1 to word (number - low) >> shift of a histogram.
 
@@ -274,6 +293,7 @@ MODELS: dict[str, Model] = {
     "ld.shared.u32 $0, [a];": word_load,
     "setp.ne.s32 p, $4, 0; @p st.shared.b32 [a], $2;": entry_store,
     "setp.ne.s32 p, $3, 0; @p st.shared.b32 [a], $2;": word_store,
+    "st.shared.u32 [a + ": reaching_store,
     "shr.u32 d, d, $3; setp.ne.s32 q, $4, 0;": digit_count,
     "@p red.shared.or.b32 [a], m;": bit_set,
     "popc.b32 w0, w0; add.u32 n, n, w0;": bits_below,
