@@ -33,17 +33,18 @@ def _combine_splits_kernel(
     offs_row = offs_split.to(tl.int64) * num_rows + row
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_wait()
+    # parts travel together with the sums that say which of them count: [BLOCK_SPLITS, BLOCK_D]
     lse = tl.load(partial_lse_ptr + offs_row, mask=exists, other=-float("inf"))
+    offs_part = offs_row[:, None] * HEAD_DIM_V + offs_d[None, :]
+    parts = tl.load(partial_out_ptr + offs_part, mask=exists[:, None], other=0.0)
     largest = tl.max(lse, 0)
     # of two infinities the difference is NaN
     largest = tl.where(largest == -float("inf"), 0.0, largest)
     weight = tl.exp2(lse - largest)
     total = tl.sum(weight, 0)
     is_empty = total == 0
-    used = exists & (weight > 0)
-    # [BLOCK_SPLITS, BLOCK_D]
-    offs_part = offs_row[:, None] * HEAD_DIM_V + offs_d[None, :]
-    parts = tl.load(partial_out_ptr + offs_part, mask=used[:, None], other=0.0)
+    # the part of an empty split may be anything
+    parts = tl.where((weight > 0)[:, None], parts, 0.0)
     denominator = total
     if HAS_SINK:
         sink = tl.load(sink_ptr + row % num_heads)
@@ -55,12 +56,16 @@ def _combine_splits_kernel(
         tl.store(lse_ptr + row, tl.where(is_empty, float("inf"), natural))
 
 
-def choose_tile(num_splits: int, head_dim_v: int) -> tuple[int, int]:
-    """(BLOCK_SPLITS, BLOCK_D): all splits, and as many columns as the tile has room for."""
+def choose_tile(num_splits: int, head_dim_v: int, num_rows: int = 128) -> tuple[int, int]:
+    """(BLOCK_SPLITS, BLOCK_D): all splits, and as many columns as the tile has room for; fewer, 64
+    at least, where there are fewer than 256 programs: two an SM or nearly so."""
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be 1 … {MAX_SPLITS}, got {num_splits}")
     block_splits = triton.next_power_of_2(num_splits)
-    return block_splits, min(head_dim_v, TILE_ELEMENTS // block_splits)
+    block_d = min(head_dim_v, TILE_ELEMENTS // block_splits)
+    while block_d > 64 and 256 * block_d > num_rows * head_dim_v:
+        block_d //= 2
+    return block_splits, block_d
 
 
 def combine_splits(
@@ -82,7 +87,7 @@ def combine_splits(
     """
     num_rows, num_heads = lse.numel(), lse.shape[-1]
     head_dim_v = out.shape[-1]
-    block_splits, block_d = choose_tile(num_splits, head_dim_v)
+    block_splits, block_d = choose_tile(num_splits, head_dim_v, num_rows)
     is_dependent = can_depend(out.device)
     _combine_splits_kernel[(num_rows, head_dim_v // block_d)](
         partial_out, partial_lse, attn_sink if attn_sink is not None else partial_lse, out, lse,

@@ -1,4 +1,4 @@
-"""The loader of a program of `row_decode.py`: queries and listed cache rows by cp.async."""
+"""The loader of a program of `row_decode.py`: queries by TMA, listed cache rows by cp.async."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,6 +25,7 @@ from dsa_bench.kernels.seesaw_tiles import (
     load_key_block,
     opaque_zero,
 )
+from dsa_bench.kernels.tma_tiles import copy_tile
 
 ROW_BYTES = gl.constexpr(656)
 """512 e4m3, 4 scales in fp32, 64 rope columns in bf16."""
@@ -33,7 +34,7 @@ SCALES = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
 
 
 @gluon.jit
-def load(arguments, tiles):
+def load(arguments, q_desc, rope_desc, tiles):
     """Piece after piece, its query and then its rows."""
     ROWS: gl.constexpr = gl.SliceLayout(1, BYTES)
     LAST: gl.constexpr = arguments.NUM_BLOCKS - 1
@@ -46,7 +47,7 @@ def load(arguments, tiles):
         keys = keys_of(arguments, piece)
         following = load_key_block(keys, 0, ROWS)
         mbarrier.wait(tiles.q_free, (done & 1) ^ 1)
-        _load_query(arguments, piece, tiles)
+        _load_query(arguments, piece, q_desc, rope_desc, tiles)
         for i in range(arguments.NUM_BLOCKS):
             n = done * arguments.NUM_BLOCKS + i
             if (i == MIDDLE) & (done + 1 < num_pieces):
@@ -84,20 +85,16 @@ def _load_rows(arguments, rows, valid, tiles, stage):
 
 
 @gluon.jit
-def _load_query(arguments, piece, tiles):
-    """BLOCK_H heads of a query; those that do not exist become 0."""
-    head_dim: gl.constexpr = WIDTH + ROPE
-    first_row = piece.row.to(gl.int64) * arguments.num_heads + piece.first_head
-    ptr = arguments.q_ptr + first_row * head_dim
-    offs_h = gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(1, HALVES))
-    exists = offs_h >= 0
-    if arguments.HEADS_MASKED:
-        exists = offs_h < arguments.num_heads - piece.first_head
+def _load_query(arguments, piece, q_desc, rope_desc, tiles):
+    """BLOCK_H rows of [queries · num_heads, 576]. Where the query has fewer heads left, the others
+    are the next query's, or 0 behind the last: their results are not stored."""
+    first_row = piece.row * arguments.num_heads + piece.first_head
     COLUMNS: gl.constexpr = query_columns(arguments.BLOCK_H)
-    for i in range(opaque_zero(), WIDTH // COLUMNS):
-        copy_rows(tiles.q.index(i), ptr + i * COLUMNS, head_dim, offs_h, exists, 0, COLUMNS, HALVES)
-    copy_rows(tiles.q_rope.index(0), ptr, head_dim, offs_h, exists, WIDTH, ROPE, HALVES)
-    async_copy.mbarrier_arrive(tiles.q_ready, increment_count=False)
+    TILES: gl.constexpr = WIDTH // COLUMNS
+    mbarrier.expect(tiles.q_ready, TILES * q_desc.block_type.nbytes + rope_desc.block_type.nbytes)
+    for i in gl.static_range(TILES):
+        copy_tile(q_desc, [first_row, i * COLUMNS], tiles.q_ready, tiles.q.index(i))
+    copy_tile(rope_desc, [first_row, WIDTH], tiles.q_ready, tiles.q_rope.index(0))
 
 
 @gluon.jit

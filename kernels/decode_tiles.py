@@ -1,12 +1,17 @@
 """What the three roles of a program of `row_decode.py` share: its arguments, shared memory,
 barriers and layouts."""
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from dsa_bench.kernels.paging import HEAD_DIM_ROPE
 from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, LOADER_THREADS, ROPE, TILE, VECTOR, KeyList
+from dsa_bench.kernels.tma_tiles import tile_layout, tile_type
 from dsa_bench.kernels.weight_ring import RING
 
 WIDTH = gl.constexpr(512)
@@ -36,11 +41,33 @@ SHARES_TILE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 """[GROUPS, BLOCK_KV]: an entry's shares as they are stored."""
 
 
+QUERY_TILE = 8192
+"""Numbers in a tile of a query, 16 KB."""
+
+
 @gluon.constexpr_function
 def query_columns(heads):
     """Of a query's tile, which has 16 KB, so that loops can run over tiles: unrolled, the code that
     turns 64 heads to f16 was 30 KB, which take 15 µs to arrive where a program runs it once."""
-    return 8192 // heads
+    return QUERY_TILE // heads
+
+
+def query_descriptors(q: Tensor, heads: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of a program's part of all heads [.., 576]: a tile of its first 512 columns, and the rope
+    columns."""
+    rows, layout = q.view(-1, q.shape[-1]), tile_layout(q.dtype)
+    return (
+        TensorDescriptor.from_tensor(rows, [heads, QUERY_TILE // heads], layout),
+        TensorDescriptor.from_tensor(rows, [heads, HEAD_DIM_ROPE], layout),
+    )
+
+
+def query_types(heads: int) -> dict[str, str]:
+    """Their types, for a compile case."""
+    return {
+        "q_desc": tile_type(torch.bfloat16, heads, QUERY_TILE // heads),
+        "rope_desc": tile_type(torch.bfloat16, heads, HEAD_DIM_ROPE),
+    }
 
 
 @gluon.constexpr_function
@@ -180,7 +207,7 @@ def allocate_tiles(BLOCK_H: gl.constexpr):
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_ready, count=LOADER_THREADS)
+    mbarrier.init(q_ready, count=1)
     mbarrier.init(q_free, count=1)
     for j in gl.static_range(STAGES):
         # each thread for its copies, and one for the biases, which are stored
@@ -216,6 +243,8 @@ def head_tiles(arguments):
 @gluon.jit
 def count_pieces(arguments):
     """Pieces of this program."""
+    if arguments.IS_ONE_ROUND:
+        return 1
     num_pieces = arguments.num_queries * head_tiles(arguments) * arguments.NUM_SPLITS
     return (num_pieces - 1 - gl.program_id(0)) // gl.num_programs(0) + 1
 

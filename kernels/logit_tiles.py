@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from dsa_bench.kernels.tma_tiles import copy_tile, tile_layout, tile_type
 from dsa_bench.kernels.visible_tiles import Ranges, visible_tiles
 from dsa_bench.operator import Machine
-
-# triton 3.9 renamed it
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 BLOCK_KV, INDEX_DIM = 128, 128
 """For the host: keys of a tile, their width."""
@@ -58,10 +56,6 @@ def choose_columns(heads: int) -> int:
     return 128 if heads >= 32 else 64
 
 
-def tile_layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(128, 8 * dtype.itemsize, 2)
-
-
 def tile_descriptors(index_q: Tensor, index_k: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Queries as [seq_len_q · index_heads, index_dim], and keys."""
     layout = tile_layout(index_q.dtype)
@@ -79,10 +73,9 @@ def tile_types(dtype: torch.dtype, heads: int) -> dict[str, str]:
 
 def descriptor_types(dtype: torch.dtype, q_rows: int, k_rows: int) -> dict[str, str]:
     """Of descriptors that fetch so many rows of queries and of keys."""
-    name, layout = ("fp8e4nv" if dtype.itemsize == 1 else "bf16"), tile_layout(dtype)
     return {
-        "q_desc": f"tensordesc<{name}{[q_rows, INDEX_DIM]},{layout!r}>",
-        "k_desc": f"tensordesc<{name}{[k_rows, INDEX_DIM]},{layout!r}>",
+        "q_desc": tile_type(dtype, q_rows, INDEX_DIM),
+        "k_desc": tile_type(dtype, k_rows, INDEX_DIM),
     }
 
 

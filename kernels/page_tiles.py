@@ -24,12 +24,11 @@ from dsa_bench.kernels.logit_tiles import (
     CONSUMERS,
     allocate_barriers,
     choose_columns,
-    copy_tile,
     init_barriers,
-    tile_layout,
 )
 from dsa_bench.kernels.paging import INDEX_DIM
 from dsa_bench.kernels.seesaw_loader import copy_to_shared
+from dsa_bench.kernels.tma_tiles import copy_tile, tile_layout
 from dsa_bench.kernels.visible_tiles import share_of_program, visible_tiles
 
 TILE_KEYS = 64

@@ -19,10 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dsa_bench.kernels.candidate_list import list_words
 from dsa_bench.kernels.compile_case import CompileCase
 from dsa_bench.kernels.logit_scores import HALF, logit_layout, score_layout, sum_heads
-from dsa_bench.kernels.logit_tiles import BLOCK_KV, choose_columns, tile_layout
+from dsa_bench.kernels.logit_tiles import BLOCK_KV, choose_columns
 from dsa_bench.kernels.radix_select import BINS
 from dsa_bench.kernels.row_scan import finish_row, locate_row
 from dsa_bench.kernels.shared_words import block_barrier
+from dsa_bench.kernels.tma_tiles import tile_layout
 
 VECTOR = gl.constexpr(4)
 ELEMENTS = gl.constexpr(8)
