@@ -56,7 +56,7 @@ def _combine_splits_kernel(
         tl.store(lse_ptr + row, tl.where(is_empty, float("inf"), natural))
 
 
-def choose_tile(num_splits: int, head_dim_v: int, num_rows: int = 128) -> tuple[int, int]:
+def choose_tile(num_splits: int, head_dim_v: int, num_rows: int) -> tuple[int, int]:
     """(BLOCK_SPLITS, BLOCK_D): all splits, and as many columns as the tile has room for; fewer, 64
     at least, where there are fewer than 256 programs: two an SM or nearly so."""
     if not 1 <= num_splits <= MAX_SPLITS:
@@ -107,7 +107,7 @@ def compile_cases() -> list[CompileCase]:
     }  # fmt: skip
     cases = []
     for num_splits, has_sink in ((16, True), (MAX_SPLITS, False)):
-        block_splits, block_d = choose_tile(num_splits, 512)
+        block_splits, block_d = choose_tile(num_splits, 512, 128)
         constexprs = {
             "HAS_SINK": has_sink, "IS_DEPENDENT": has_sink, "HEAD_DIM_V": 512,
             "BLOCK_SPLITS": block_splits, "BLOCK_D": block_d,
