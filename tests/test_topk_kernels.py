@@ -130,8 +130,7 @@ WAYS = {
     "one-sorted": {"parts": 1, "num_warps": 4, "elements": 16},
     "parts": {"parts": 4, "num_warps": 4, "elements": 8, "select_warps": 4},
     "parts-sorted": {"parts": 2, "num_warps": 8, "elements": 8, "select_warps": 8},
-    "held-one": {"parts": 1, "is_held": True, "num_warps": 16, "elements": 8},
-    "held-one-sorted": {"parts": 1, "is_held": True, "num_warps": 8, "elements": 8},
+    "held-one": {"parts": 1, "is_held": True, "num_warps": 8, "elements": 8},
 }
 SHORT_WAYS = ["one", "parts", "held-one"]
 for way in WAYS.values():
