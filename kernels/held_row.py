@@ -118,7 +118,8 @@ def append_held(
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Append what has at most the depth `threshold`, which is above -inf; beyond CAPACITY entries
-    are only counted. Gives the largest logit of each thread, NaN if it has none but NaN."""
+    are only counted. Gives [threads, VECTOR]: the largest of what a thread has at each place of its
+    vectors, NaN where it has nothing else."""
     _, vector, element = held_tile(VECTORS, VECTOR, NUM_WARPS)
     least = value_of_depth(threshold)
     largest = held[0].to(gl.float32)

@@ -223,7 +223,8 @@ def choose_config(
     H100, topk 2048, µs, from one run for each line:
         128 × 32768    held 16.4, in parts 18.6, SGLang 28.3
         16 × 32768     held 12.4, in parts 12.6; 8 rows 12.6 and 11.9
-        128 × 8192     held by 8 warps 11.0, by 16 11.6, in parts 13.9; 256 rows 14.2 and 15.4
+        128 × 16384    held by 16 warps 14.3, by 8 13.3 (not taken yet), in parts 16.6
+        128 × 8192     held by 8 warps 11.1, by 16 12.3, in parts 14.7
         128 × 32768    parts of 8 warps 19.4, 16 warps 19.0, twice as many 18.9
         32 × 131072    8 warps 20.0, 16 warps 18.9, twice the parts 20.9, 16 logits a thread 19.1
         1 × 131072     8 warps 13.4, 16 warps 13.8, twice the parts 14.0, 16 logits a thread 13.9
