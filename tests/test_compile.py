@@ -106,8 +106,8 @@ def test_spills_and_missing_instructions_are_problems():
         name="spilling",
         kernel=_many_live_values,
         signature={"x_ptr": "*fp32:16"},
-        constexprs={"N": 2048},
-        options={"num_warps": 1, "maxnreg": 40},
+        constexprs={"N": 1024},
+        options={"num_warps": 1, "maxnreg": 32},
         must_have={"HGMMA": 1},
     )
     code = aot.compile_case(case)
