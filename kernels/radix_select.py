@@ -37,6 +37,7 @@ WRITTEN = gl.constexpr(1)
 MAILBOX = gl.constexpr(4)
 """Three words in which one thread tells all others what it has found."""
 TOP = gl.constexpr(0x7FFFFFFF)
+LEAST_KEY = gl.constexpr(-(2**31))
 LIST_UNROLL = gl.constexpr(4)
 WINDOW_WORDS = gl.constexpr(4096)
 """Words of the bitmap that sorts columns: of 131072 columns at a time."""
@@ -160,10 +161,10 @@ def best_of_list(length, NUM_WARPS: gl.constexpr):
     """The largest key."""
     CHUNK: gl.constexpr = NUM_WARPS * 32 * LIST_UNROLL
     slots = list_slots(NUM_WARPS)
-    key = gl.full_like(slots, -(2**31))
+    key = gl.full_like(slots, LEAST_KEY)
     for begin in range(0, length, CHUNK):
         slot = begin + slots
-        key = gl.maximum(key, gl.where(slot < length, load_keys(slot), -(2**31)))
+        key = gl.maximum(key, gl.where(slot < length, load_keys(slot), LEAST_KEY))
     return gl.max(gl.max(key, 1), 0)
 
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 
 from dsa_bench.kernels.radix_select import (
     DIGIT_BITS,
+    LEAST_KEY,
     LISTED,
     SLACK_WORDS,
     SPARE_WORDS,
@@ -255,6 +256,27 @@ def append_any(
 
 
 @gluon.jit
+def list_whole(
+    row_ptr, base, first, limit,
+    WORDS: gl.constexpr, VECTOR: gl.constexpr, ELEMENTS: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """List all of a row that fits, each logit at the place that its position gives; the largest
+    key."""
+    CHUNK: gl.constexpr = NUM_WARPS * 32 * ELEMENTS
+    offs = chunk_offsets(VECTOR, ELEMENTS, NUM_WARPS)
+    best = gl.full_like(offs, LEAST_KEY)
+    for begin in range(0, (limit + CHUNK - 1) // CHUNK * CHUNK, CHUNK):
+        x = load_chunk(row_ptr, begin, offs, first, limit, CHUNK)
+        position = begin + offs
+        inside = (position >= first) & (position < limit)
+        store_entry(position - first, x, base + position, inside, WORDS)
+        best = gl.maximum(best, gl.where(inside, sort_key(x), LEAST_KEY))
+    best = gl.max(gl.max(best, 1), 0)
+    block_barrier()
+    return best
+
+
+@gluon.jit
 def clear_counters(WORDS: gl.constexpr):
     """Of the list and of what is written."""
     block_barrier()
@@ -349,18 +371,22 @@ def finish_row(
     clear_counters(WORDS)
     if is_listed == 0:
         fits = 1
-        if limit - first > CAPACITY:
+        length = limit - first
+        least_key = LEAST_KEY
+        if length <= CAPACITY:
+            best = list_whole(row_ptr, base, first, limit, WORDS, VECTOR, ELEMENTS, NUM_WARPS)
+        else:
             low, last, want, fits = divide_row(
                 bins, row_ptr, first, limit,
                 TOPK, CAPACITY, WORDS, LEAST_SHIFT, VECTOR, ELEMENTS, NUM_WARPS,
             )  # fmt: skip
-        if fits == 1:
-            append_any(
-                row_ptr, base, first, limit, last, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS
-            )
-            length = list_length(WORDS)
-            least_key = last ^ TOP
-            best = best_of_list(length, NUM_WARPS)
+            if fits == 1:
+                append_any(
+                    row_ptr, base, first, limit, last, CAPACITY, WORDS, VECTOR, ELEMENTS, NUM_WARPS
+                )
+                length = list_length(WORDS)
+                least_key = last ^ TOP
+                best = best_of_list(length, NUM_WARPS)
         is_listed = fits
     if is_listed == 1:
         last, tied, tied_shift = select_entries(

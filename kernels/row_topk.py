@@ -7,8 +7,9 @@ written. A list that came out too short or too long, or a row that no threshold 
 (thousands of equal values), is done digit by digit, in two to five more passes.
 
 Many rows: one program does all three for its row, and three programs on an SM hide each other's
-waits. Few rows of up to 32768 columns: a program asks for its whole row at once, holds it in
-registers, and takes the sample from those (`held_row.py`). Few long rows: each is shared out over
+waits. Rows that the list holds whole are listed as they are. Few rows of up to 32768 columns: a
+program asks for its whole row at once, holds it in registers, and takes the sample from those
+(`held_row.py`). Few long rows: each is shared out over
 several programs that take the same sample and so the same threshold, list what reaches it in their
 part in global memory, and end; a second kernel does (3) with one program a row
 (`candidate_list.py`).
@@ -217,22 +218,31 @@ def choose_config(
     num_rows: int, num_cols: int, topk: int, num_sms: int, list_room: int | None = None
 ) -> TopkConfig:
     """Many rows: a program each. A row for each SM or fewer, of up to 32768 columns: programs that
-    hold their rows. Other few rows: so many parts that the GPU has two programs an SM or nearly so,
-    of at least 2048 columns, with 16 warps from 16384 on.
+    hold their rows, or of rows that a list holds whole, that list them. Other few rows: so many
+    parts that the GPU has two programs an SM or nearly so, of at least 2048 columns, with 16 warps
+    from 16384 on.
 
     H100, topk 2048, µs, from one run for each line:
         128 × 32768    held 16.4, in parts 18.6, SGLang 28.3
         16 × 32768     held 12.4, in parts 12.6; 8 rows 12.6 and 11.9
-        128 × 16384    held by 16 warps 14.3, by 8 13.3 (not taken yet), in parts 16.6
+        128 × 16384    held by 8 warps 13.2, by 16 13.4 to 14.2; 32 rows 11.7 and 11.2
         128 × 8192     held by 8 warps 11.1, by 16 12.3, in parts 14.7
+        128 × 4096     by 16 warps and 128 registers 9.0, 64 registers 9.2, by 8 warps 9.6
         128 × 32768    parts of 8 warps 19.4, 16 warps 19.0, twice as many 18.9
         32 × 131072    8 warps 20.0, 16 warps 18.9, twice the parts 20.9, 16 logits a thread 19.1
         1 × 131072     8 warps 13.4, 16 warps 13.8, twice the parts 14.0, 16 logits a thread 13.9
         4096 × 32768   16 logits a thread and 80 registers 224, 8 and 64 245, 16 and 96 260
+        4096 rows that end at 8192: 16 and 80 121, 8 and 64 105
     """
     words, sample = list_words(topk), choose_sample(num_cols, topk)
-    if num_cols >= words and _can_hold(num_rows, num_cols, num_sms):
-        num_warps = 8 if num_cols <= 8192 else 16
+    fits_list = num_cols < words
+    if fits_list and num_rows <= num_sms:
+        return TopkConfig(
+            num_warps=16, sample=sample, words=words, elements=8, max_registers=128
+        )  # fmt: skip
+    if not fits_list and _can_hold(num_rows, num_cols, num_sms):
+        is_narrow = num_cols <= 8192 or (num_cols <= 16384 and 2 * num_rows > num_sms)
+        num_warps = 8 if is_narrow else 16
         return TopkConfig(
             num_warps=num_warps, sample=sample, words=words, elements=8, max_registers=128,
             is_held=True,
@@ -241,8 +251,12 @@ def choose_config(
     while 2 * num_rows * parts < 3 * num_sms and parts < 64 and num_cols >= 4096 * parts:
         parts *= 2
     too_much = list_room is not None and num_rows * parts * 8 * words > list_room
-    if parts == 1 or num_cols < words or too_much:
-        return TopkConfig(num_warps=8, sample=sample, words=words, elements=16, max_registers=80)
+    if parts == 1 or fits_list or too_much:
+        elements, max_registers = (8, 64) if num_cols <= 8192 else (16, 80)
+        return TopkConfig(
+            num_warps=8, sample=sample, words=words, elements=elements,
+            max_registers=max_registers, is_dependent=num_rows <= 2 * num_sms,
+        )  # fmt: skip
     return TopkConfig(
         num_warps=16 if num_cols >= 16384 * parts else 8,
         sample=sample, words=words, elements=8, parts=parts, select_warps=16,
@@ -326,14 +340,14 @@ def _launch_rows(
     pages: Pages | None, slots: Tensor | None, config: TopkConfig,
 ) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
-    is_dependent = config.is_held and config.is_dependent
     _topk_kernel[(num_rows,)](
         logits, kv_start, kv_end, out, num_cols, logits.stride(0),
         TOPK=out.shape[1], WORDS=config.words, SORTED=sorted_indices,
-        VECTORS=_held_vectors(config, num_cols, logits.element_size()), IS_DEPENDENT=is_dependent,
+        VECTORS=_held_vectors(config, num_cols, logits.element_size()),
+        IS_DEPENDENT=config.is_dependent,
         **page_arguments(pages, slots, num_rows), **_scan_constants(config, logits.element_size()),
         num_warps=config.num_warps, maxnreg=config.max_registers,
-        launch_pdl=is_dependent,
+        launch_pdl=config.is_dependent,
     )  # fmt: skip
 
 
@@ -376,6 +390,8 @@ def compile_cases() -> list[CompileCase]:
         ("few-rows", 32, 131072, "fp32", False, None),
         ("few-rows-bf16", 32, 131072, "bf16", False, None),
         ("many-rows", 4096, 131072, "fp32", False, None),
+        ("many-rows-8192", 4096, 8192, "fp32", False, 64),
+        ("rows-of-a-list", 32, 4096, "fp32", False, 64),
         ("many-rows-bf16-sorted", 4096, 131072, "bf16", True, None),
         ("many-rows-slots", 4096, 131072, "fp32", False, 64),
         ("many-rows-slots-sorted", 4096, 131072, "fp32", True, 17),
@@ -394,7 +410,7 @@ def compile_cases() -> list[CompileCase]:
             of_pages, page_constexprs = page_types(page_size)
             constexprs |= {"WORDS": config.words, "SORTED": is_sorted, **page_constexprs}
             vectors = _held_vectors(config, num_cols, element_bytes)
-            constexprs |= {"VECTORS": vectors, "IS_DEPENDENT": config.is_held}
+            constexprs |= {"VECTORS": vectors, "IS_DEPENDENT": config.is_dependent}
             own |= of_pages
         else:
             constexprs |= {"CAPACITY": 5056, "PART_CAPACITY": 5088}

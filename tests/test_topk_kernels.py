@@ -147,6 +147,14 @@ def test_gluon_emulated(kind, way):
     assert_stable(inputs, emulate(inputs, seed, **WAYS[way]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gluon_emulated_rows_that_a_list_holds_whole(kind):
+    """Whatever their values: they are listed without a threshold."""
+    mutate = hostile.MUTATIONS["topk"].get(kind, hostile.plain)
+    inputs = mutate(OPERATOR.make_inputs(full(3, 4901, 700), seed=3, device="cpu"))
+    assert_stable(inputs, emulate(inputs, 2))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("kind", "page_size"), [("ties", 1), ("special", 17), ("constant", 64), ("plateau", 10**6)]
@@ -368,7 +376,8 @@ SHAPES = [
     full(16, 8192, 2048), full(16, 20000, 512), full(16, 131072, 2048), full(16, 4100, 2048),
     full(9, 300000, 1024), full(64, 5000, 1), full(7, 4999, 257), full(33, 2048, 2048),
     full(5, 65537, 4096), full(5, 9000, 300), full(300, 40000, 2048), full(2, 2**20, 2048),
-    full(130, 32767, 2048), full(130, 8191, 4096),
+    full(130, 32767, 2048), full(130, 8191, 4096), full(130, 16001, 1024), full(300, 4999, 2048),
+    full(140, 7001, 2048), full(600, 8192, 2048),
 ]  # fmt: skip
 
 
@@ -407,7 +416,7 @@ def test_gluon_takes_the_lowest_columns(shape, kind):
 @pytest.mark.parametrize("kind", ["ties", "constant", "special"])
 @pytest.mark.parametrize(
     "shape",
-    [full(1, 131072, 2048), full(18, 20000, 512), full(300, 40000, 2048)],
+    [full(1, 131072, 2048), full(18, 20000, 512), full(300, 40000, 2048), full(18, 4100, 2048)],
     ids=hostile.label,
 )
 def test_gluon_writes_the_slots_of_its_columns(shape, kind, page_size, is_sorted):
