@@ -1,10 +1,12 @@
 """Compile kernels for Hopper without a GPU, and read what the machine code needs and holds.
 
 Only the triton wheel is wanted: it brings ptxas and nvdisasm. Registers, spills and ptxas' remarks
-come from a second ptxas run over the PTX (Triton keeps its own log to itself), instruction counts
-from the disassembled machine code.
+come from the log of Triton's own ptxas, instruction counts from the disassembled machine code.
 """
 
+import contextlib
+import functools
+import io
 import re
 import subprocess
 import tempfile
@@ -16,8 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from dsa_bench.kernels.compile_case import CompileCase
 
@@ -42,12 +43,12 @@ class MachineCode:
     """Of the whole program, all partitions together."""
     remarks: tuple[str, ...]
     """What ptxas complained of: wgmma that it serialises, register limits that it ignores."""
-    opcodes: Mapping[str, int]
-    """SASS opcode with its suffixes -> how often it stands in the code."""
+    cubin: bytes
 
     def count(self, beginning: str) -> int:
         """How many instructions have an opcode that begins so: `HGMMA.64x256`."""
-        return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(beginning))
+        opcodes = opcodes_of(self.cubin)
+        return sum(n for opcode, n in opcodes.items() if opcode.startswith(beginning))
 
 
 def compile_case(case: CompileCase) -> MachineCode:
@@ -58,9 +59,7 @@ def compile_case(case: CompileCase) -> MachineCode:
     else:
         Source = ASTSource
     source = Source(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    target = GPUTarget("cuda", CAPABILITY, WARP_SIZE)
-    compiled = triton.compile(source, target=target, options=dict(case.options))
-    log = assemble(compiled.asm["ptx"])
+    compiled, log = compile_with_log(source, case.options)
     stack, spill_stores, spill_loads = _numbers(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
@@ -71,7 +70,7 @@ def compile_case(case: CompileCase) -> MachineCode:
         shared_bytes=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         remarks=find_remarks(log),
-        opcodes=count_opcodes(disassemble(compiled.asm["cubin"])),
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -109,21 +108,34 @@ def describe_arguments(
     return signature, attributes, constexprs
 
 
-def assemble(ptx: str) -> str:
-    """The log of ptxas."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        target = ["-v", f"--gpu-name=sm_{CAPABILITY}a", "-o", str(Path(folder, "kernel.o"))]
-        command = [get_ptxas(CAPABILITY).path, *target, str(source)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def compile_with_log(source: ASTSource, options: Mapping[str, Any]) -> tuple[CompiledKernel, str]:
+    """The kernel, and what ptxas said of it: Triton prints that on demand.
+
+    An old result from the cache has no log, so that always compiles.
+    """
+    target = GPUTarget("cuda", CAPABILITY, WARP_SIZE)
+    with (
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+        contextlib.redirect_stdout(io.StringIO()) as log,
+    ):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        return triton.compile(source, target=target, options=dict(options)), log.getvalue()
+
+
+@functools.lru_cache(maxsize=1)
+def opcodes_of(cubin: bytes) -> Counter[str]:
+    """SASS opcode with its suffixes -> how often it stands in the code."""
+    return count_opcodes(disassemble(cubin))
 
 
 def disassemble(cubin: bytes) -> str:
+    """Without the analysis of where jumps lead, a quarter of the time: it only names labels."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(DISASSEMBLER), "-c", file.name]
+        command = [str(DISASSEMBLER), "-c", "-ndf", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
