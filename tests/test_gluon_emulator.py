@@ -11,7 +11,6 @@ from tests.gluon_emulator.asm import histogram_add, list_append, ticket_counter,
 
 NUM_TILES = 6
 NUM_ROWS = 300
-DELAYS = (0.0, 0.0005, 0.002)
 
 
 def run_ring(seed: int, bug: str = "") -> tuple[Tensor, Tensor]:
@@ -22,7 +21,7 @@ def run_ring(seed: int, bug: str = "") -> tuple[Tensor, Tensor]:
     index = torch.randint(0, NUM_ROWS, (NUM_TILES * 64,), generator=generator, dtype=torch.int32)
     index[3], index[70], index[71] = -1, NUM_ROWS, 2**31 - 1
     out = torch.full((64, 64), float("nan"))
-    with emulated_gluon(seed=seed, delay=DELAYS[seed % 3]) as emulated:
+    with emulated_gluon(seed=seed) as emulated:
         kernels = emulated.load("tests.gluon_ring")
         kernels.ring_kernel[(1,)](
             x, kv, index, out, NUM_ROWS, NUM_TILES=NUM_TILES, BUG=bug, num_warps=4

@@ -77,7 +77,7 @@ def emulate(inputs, *, block_h=16, num_splits=1, num_sms=NUM_SMS, seed=0, change
     out = torch.full((*inputs.q.shape[:3], 512), hostile.NAN).bfloat16()
     lse = torch.full(inputs.q.shape[:3], hostile.NAN)
     mangle_type(lse)  # its first call imports Gluon: the real one is wanted
-    emulation = emulated_gluon(seed=seed, num_sms=num_sms, delay=0.0001)
+    emulation = emulated_gluon(seed=seed, num_sms=num_sms)
     with emulation as emulated, hostile.poisoned_outputs():
         kernel = emulated.load(KERNEL)
         kernel.combine_splits = merge_plainly

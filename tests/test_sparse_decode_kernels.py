@@ -105,7 +105,7 @@ def emulate(seed, shape, mutate, num_sms=1):
     inputs = mutate(OPERATOR.make_inputs(shape, seed=seed, device="cpu"))
     assert is_split(inputs) or num_sms == 1
     with (
-        emulated_gluon(seed=seed, num_sms=num_sms, delay=0.0002) as emulated,
+        emulated_gluon(seed=seed, num_sms=num_sms) as emulated,
         hostile.poisoned_outputs(),
     ):
         module = emulated.load("dsa_bench.kernels.sparse_decode_gluon")

@@ -11,7 +11,7 @@ protocol bug would break:
   an operand that is overwritten too early, or read too early, gives wrong numbers
 - shared memory and masked lanes start undefined (NaN); accesses outside of a tensor are refused
 - wgmma or TMA reading what a thread stored without fence_async_shared
-- random delays, with some partitions much slower than others
+- random delays in counted time, with some partitions much slower than others
 
 Not modelled: layouts (results do not depend on them), the fence after cp.async, races between
 threads of one partition (there the compiler inserts the barriers), overflow of int32 indices,
@@ -48,8 +48,6 @@ OURS = ("dsa_bench.", "tests.")
 class Emulated:
     """The running emulation."""
 
-    delay: float
-    """Longest random delay at a barrier, in seconds."""
     seed: str
 
     def load(self, name: str) -> types.ModuleType:
@@ -69,7 +67,6 @@ class Emulated:
 def emulated_gluon(
     *,
     seed: int | str = 0,
-    delay: float = 0.0005,
     asm: Mapping[str, Model] | None = None,
     num_sms: int = 132,
 ) -> Iterator[Emulated]:
@@ -78,7 +75,7 @@ def emulated_gluon(
     `asm` maps a piece of assembly text to its model and goes before the common ones. Host code that
     asks torch for the device's properties sees a Hopper GPU of `num_sms` multiprocessors.
     """
-    settings = Emulated(delay=delay, seed=str(seed))
+    settings = Emulated(seed=str(seed))
     stand_ins = language.stand_ins(settings, {**(asm or {}), **LANES, **MODELS})
     device = types.SimpleNamespace(multi_processor_count=num_sms, major=9, minor=0, name="emulated")
     saved = {name: module for name, module in sys.modules.items() if _is_gluon(name, module)}

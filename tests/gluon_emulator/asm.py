@@ -24,8 +24,7 @@ def named_barrier(text: str, arguments: list[Any]) -> Tensor:
         raise EmulationError(f"named barrier without number and thread count: {text}")
     number = int(arguments[0] if found[2] == "$1" else found[2])
     barriers = current.program.named_barriers
-    with current.program.changed:
-        barrier = barriers.setdefault(number, NamedBarrier(number))
+    barrier = barriers.setdefault(number, NamedBarrier(number))
     barrier.hit(int(found[3]), wait=found[1] == "sync")
     return torch.tensor(0)
 
@@ -110,10 +109,9 @@ def ticket_counter(word: int) -> Model:
         (predicate,) = arguments
         lanes = _active_lanes(predicate)
         tickets = torch.full((predicate.numel(),), -1, dtype=torch.int32)
-        with current.program.changed:
-            words = _shared_words()
-            tickets[lanes] = (int(words[word]) + torch.arange(len(lanes))).to(torch.int32)
-            words[word] += len(lanes)
+        words = _shared_words()
+        tickets[lanes] = (int(words[word]) + torch.arange(len(lanes))).to(torch.int32)
+        words[word] += len(lanes)
         return tickets.view(predicate.shape)
 
     return model
@@ -128,14 +126,13 @@ def list_append(word: int, capacity: int, starts: tuple[int, ...]) -> Model:
     def model(text: str, arguments: list[Any]) -> Tensor:
         *values, predicate = torch.broadcast_tensors(*arguments)
         lanes = _active_lanes(predicate)
-        with current.program.changed:
-            words = _shared_words()
-            first = int(words[word])
-            words[word] += len(lanes)
-            kept = lanes[: max(0, capacity - first)]
-            for start, value in zip(starts, values, strict=True):
-                place = start + first
-                words[place : place + len(kept)] = value.reshape(-1)[kept].to(torch.int32)
+        words = _shared_words()
+        first = int(words[word])
+        words[word] += len(lanes)
+        kept = lanes[: max(0, capacity - first)]
+        for start, value in zip(starts, values, strict=True):
+            place = start + first
+            words[place : place + len(kept)] = value.reshape(-1)[kept].to(torch.int32)
         return torch.tensor(0)
 
     return model
@@ -152,10 +149,9 @@ def histogram_add(start: int = 0) -> Model:
     def model(text: str, arguments: list[Any]) -> Tensor:
         bins, *predicate = arguments
         chosen = bins[predicate[0] != 0] if predicate else bins
-        with current.program.changed:
-            words = _shared_words()
-            counts = torch.bincount(chosen.reshape(-1).long())
-            words[start : start + counts.numel()] += counts.to(torch.int32)
+        words = _shared_words()
+        counts = torch.bincount(chosen.reshape(-1).long())
+        words[start : start + counts.numel()] += counts.to(torch.int32)
         return torch.tensor(0)
 
     return model
@@ -170,8 +166,7 @@ def word_load(text: str, arguments: list[Any]) -> Tensor:
 def word_store(text: str, arguments: list[Any]) -> Tensor:
     """(word, value, predicate); of several values for one word any may stay. Returns 0."""
     word, value, lanes = _chosen(*arguments)
-    with current.program.changed:
-        _shared_words()[_places(word[lanes])] = value[lanes].to(torch.int32)
+    _shared_words()[_places(word[lanes])] = value[lanes].to(torch.int32)
     return torch.tensor(0)
 
 
@@ -181,9 +176,8 @@ def entry_store(text: str, arguments: list[Any]) -> Tensor:
     assert found is not None
     place, value, column, lanes = _chosen(*arguments)
     behind = place + int(found[1]) // 4
-    with current.program.changed:
-        _shared_words()[_places(place[lanes])] = value[lanes]
-        _shared_words()[_places(behind[lanes])] = column[lanes].to(torch.int32)
+    _shared_words()[_places(place[lanes])] = value[lanes]
+    _shared_words()[_places(behind[lanes])] = column[lanes].to(torch.int32)
     return torch.tensor(0)
 
 
@@ -200,9 +194,8 @@ def reaching_store(text: str, arguments: list[Any]) -> Tensor:
     start = places[:, :1].clamp(max=int(limit[1]))
     column = columns[:, :1] + torch.arange(values.shape[1])
     place = (start + chosen.cumsum(1) - 1)[chosen]
-    with current.program.changed:
-        _shared_words()[_places(place)] = values.contiguous().view(torch.int32)[chosen]
-        _shared_words()[_places(place + int(behind[1]) // 4)] = column[chosen].to(torch.int32)
+    _shared_words()[_places(place)] = values.contiguous().view(torch.int32)[chosen]
+    _shared_words()[_places(place + int(behind[1]) // 4)] = column[chosen].to(torch.int32)
     return (start + count).expand(values.shape)
 
 
@@ -218,19 +211,17 @@ def digit_count(text: str, arguments: list[Any]) -> Tensor:
     digit = ((number.long() - low.long()) & 0xFFFFFFFF) >> shift.long()
     digit = digit[lanes]
     digit = digit[digit < bins]
-    with current.program.changed:
-        ones = torch.ones(len(digit), dtype=torch.int32)
-        _shared_words().index_add_(0, _places(start + digit), ones)
+    ones = torch.ones(len(digit), dtype=torch.int32)
+    _shared_words().index_add_(0, _places(start + digit), ones)
     return torch.tensor(0)
 
 
 def bit_set(text: str, arguments: list[Any]) -> Tensor:
     """(first word of the bitmap, bit, predicate). Returns 0."""
     start, bit, lanes = _chosen(*arguments)
-    with current.program.changed:
-        words = _shared_words()
-        for place, n in zip((start + (bit >> 5))[lanes].tolist(), bit[lanes].tolist(), strict=True):
-            words[place] |= _as_int32(1 << (n & 31))
+    words = _shared_words()
+    for place, n in zip((start + (bit >> 5))[lanes].tolist(), bit[lanes].tolist(), strict=True):
+        words[place] |= _as_int32(1 << (n & 31))
     return torch.tensor(0)
 
 
@@ -263,11 +254,10 @@ def reserved_numbers(text: str, arguments: list[Any]) -> Tensor:
     current.dice.shuffle(warps)
     sums = count.view(-1, WARP_SIZE).cumsum(1, dtype=torch.int32)
     first = sums - count.view(-1, WARP_SIZE)
-    with current.program.changed:
-        words = _shared_words()
-        for warp in warps:
-            first[warp] += words[word]
-            words[word] += sums[warp, -1]
+    words = _shared_words()
+    for warp in warps:
+        first[warp] += words[word]
+        words[word] += sums[warp, -1]
     return first.view(arguments[1].shape)
 
 

@@ -102,9 +102,7 @@ class Kernel:
                 constexpr(value) if annotation is constexpr else _argument(value)
             )
         for z, y, x in itertools.product(*map(range, reversed(grid))):
-            self.run(
-                Program((x, y, z), grid, self.settings.delay, self.settings.seed), bound, num_warps
-            )
+            self.run(Program((x, y, z), grid, self.settings.seed), bound, num_warps)
 
     def run(self, program: Program, bound: inspect.BoundArguments, num_warps: int) -> None:
         program.enter("default", num_warps)

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.gluon_emulator.program import WARP_SIZE, Barrier, EmulationError, current, pause
+from tests.gluon_emulator.program import (
+    WARP_SIZE,
+    Barrier,
+    EmulationError,
+    current,
+    pause,
+    wait_for_landing,
+)
 
 SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 POISON = -1234567
@@ -93,11 +100,10 @@ def atomic(pointer: Pointer, value: Any, combine: Any, mask: Any = None) -> Tens
     found = undefined(offset.shape, pointer.memory.dtype)
     chosen = active.nonzero().tolist()
     current.dice.shuffle(chosen)
-    with current.program.changed:
-        for lane in map(tuple, chosen):
-            place = int(offset[lane])
-            found[lane] = pointer.memory[place]
-            pointer.memory[place] = combine(pointer.memory[place], lanes[lane])
+    for lane in map(tuple, chosen):
+        place = int(offset[lane])
+        found[lane] = pointer.memory[place]
+        pointer.memory[place] = combine(pointer.memory[place], lanes[lane])
     return found
 
 
@@ -200,24 +206,21 @@ def arrive_when_copied(barrier: Barrier, increment_count: bool = True) -> None:
     """cp.async.mbarrier.arrive: each thread arrives once its copies so far have landed."""
     if increment_count:
         raise EmulationError("mbarrier_arrive is emulated with increment_count=False only")
-    copies, arrivals, program = _take_copies(), WARP_SIZE * current.num_warps, current.program
+    copies, arrivals = _take_copies(), WARP_SIZE * current.num_warps
 
     def land() -> None:
-        current.program = program
         for copy in copies:
             copy()
-        barrier.arrive(arrivals)
+        barrier.count_down(arrivals, 0)
 
-    program.start_copy(land)
+    current.program.start_copy(land)
 
 
 def wait_for_copies(num_outstanding: int = 0) -> None:
     """cp.async.wait_group; groups aren't told apart: every copy issued so far lands."""
     for copy in _take_copies():
         copy()
-    for thread in current.copies:
-        thread.join()
-    current.copies.clear()
+    wait_for_landing()
 
 
 class TensorDescriptor:
@@ -258,16 +261,14 @@ def tma_load(
     if not pred:
         return
     inside, block = desc.window(corner)
-    program = current.program
 
     def land() -> None:
-        current.program = program
         value = torch.zeros(desc.block_shape, dtype=desc.dtype)
         value[block] = desc.base[inside]
         tile.write(value.view(tile.data.shape))
-        barrier.arrive(0, copied_bytes=desc.nbytes)
+        barrier.count_down(0, -desc.nbytes)
 
-    program.start_copy(land)
+    current.program.start_copy(land)
 
 
 def tma_store(desc: TensorDescriptor, corner: Sequence[Any], tile: SharedTile) -> None:
