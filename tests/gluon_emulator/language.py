@@ -201,9 +201,14 @@ def reduce(
 
 
 def associative_scan(x: Tensor, axis: int, combine_fn: Any, reverse: bool = False) -> Tensor:
-    parts = x.unbind(axis)
-    scanned = list(itertools.accumulate(parts[::-1] if reverse else parts, combine_fn))
-    return torch.stack(scanned[::-1] if reverse else scanned, axis)
+    """Each element with the one before it, then with that 2, 4, … before it: few calls."""
+    x, step = x.flip(axis) if reverse else x, 1
+    while step < x.shape[axis]:
+        rest = x.shape[axis] - step
+        joined = combine_fn(x.narrow(axis, 0, rest), x.narrow(axis, step, rest))
+        x = torch.cat([x.narrow(axis, 0, step), joined], axis)
+        step *= 2
+    return x.flip(axis) if reverse else x
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
