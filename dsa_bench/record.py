@@ -90,7 +90,7 @@ class Case:
     """One of LENGTH_KINDS; in prefill, which has one sequence, EQUAL_LENGTHS."""
 
     def to_json(self) -> dict[str, Any]:
-        out = dataclasses.asdict(self)
+        out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if not isinstance(self.impl, str):
             out["impl"] = dict(self.impl)
         return out

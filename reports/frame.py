@@ -119,7 +119,9 @@ def kernels(runs: Sequence[Run]) -> pd.DataFrame:
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as dicts of column -> value."""
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+    names = [str(name) for name in table.columns]
+    values = table.to_numpy(dtype=object).tolist()
+    return [dict(zip(names, row, strict=True)) for row in values]
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:

@@ -1,6 +1,7 @@
 """One self-contained HTML page: loads nothing, and runs only the scripts whose hashes it names."""
 
 import base64
+import functools
 import hashlib
 import itertools
 import json
@@ -107,7 +108,7 @@ def page(report: Digest) -> str:
     """The page as text."""
     drawn = figures(report)
     specs = {figure.name: vega.spec(figure) for figure in drawn}
-    scripts = [_script(vl_convert.javascript_bundle(BUNDLE)), _script(_asset("report.js"))]
+    scripts = [_script(_bundle()), _script(_asset("report.js"))]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
@@ -153,6 +154,12 @@ def _asset(name: str) -> str:
 def _finalize(value: Any) -> Any:
     """Text of the header, too, stays on its line and without control characters."""
     return units.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega-Lite and all that it needs; bundling takes seconds, and gives the same each time."""
+    return str(vl_convert.javascript_bundle(BUNDLE))
 
 
 def _script(text: str) -> str:

@@ -1,7 +1,7 @@
 """Run folders of others: bounds of what is read, hostile values, names and files."""
 
-import copy
 import csv
+import functools
 import io
 import json
 import os
@@ -83,12 +83,19 @@ def written(folder: Path, header: Any, records: list[Any]) -> Path:
     return folder
 
 
-def plain_run(count: int | None = None) -> tuple[Any, list[Any]]:
-    """Header and records of a run of the H100 as JSON."""
+@functools.cache
+def plain_text() -> str:
+    """JSON of the header and all records of a run of the H100."""
     run = h100_run()
     records = [record.to_json() for record in run.records if record.case.seq_len_kv <= 16384]
     header = run.header | {"plan": [{"case": record["case"], "reason": ""} for record in records]}
-    return copy.deepcopy(header), json.loads(json.dumps(records[:count]))
+    return json.dumps([header, records])
+
+
+def plain_run(count: int | None = None) -> tuple[Any, list[Any]]:
+    """The header and some records, of which each test may change its own."""
+    header, records = json.loads(plain_text())
+    return header, records[:count]
 
 
 @pytest.mark.parametrize("name", ["run.json", "records.jsonl"])
