@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dsa_bench import probe
 from tests import triton_interpreter
 
 
@@ -23,6 +24,22 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["DSA_BENCH_CACHE"]
     else:
         os.environ["DSA_BENCH_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def cpu_probe() -> probe.Probe:
+    return probe.probe("cpu", with_ceilings=True)
+
+
+@pytest.fixture
+def probed_once(monkeypatch: pytest.MonkeyPatch, cpu_probe: probe.Probe) -> None:
+    """Commands on the CPU find what one probe has found: each takes a process of 2 s."""
+
+    def known(device: str, *, with_ceilings: bool) -> probe.Probe:
+        assert device == "cpu"
+        return cpu_probe
+
+    monkeypatch.setattr(probe, "probe", known)
 
 
 @pytest.fixture(autouse=True)

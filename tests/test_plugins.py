@@ -291,6 +291,7 @@ def test_outputs_that_put_off_their_work_are_wrong() -> None:
     assert set(judged("topk", run).values()) == {"wrong"}
 
 
+@pytest.mark.usefixtures("probed_once")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_page_make_cases(command: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(conformance, "examine", lambda wanted, device: [])
@@ -305,6 +306,7 @@ def test_commands_of_the_page_make_cases(command: str, monkeypatch, capsys) -> N
     assert expected[verb] in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("probed_once")
 def test_check_examines_the_file_and_fails_with_it(tmp_path: Path, capsys) -> None:
     small = ["--op", "topk", "-L", "64", "--seq-len-q", "8", "-k", "16", "--device", "cpu"]
     good = ["check", "--impl-file", str(EXAMPLE), "--impl", "by_sorting", *small]
@@ -316,6 +318,7 @@ def test_check_examines_the_file_and_fails_with_it(tmp_path: Path, capsys) -> No
     assert "wrong_values" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("probed_once")
 def test_a_run_measures_the_file_and_resume_wants_it_unchanged(tmp_path: Path, capsys) -> None:
     mine = written(tmp_path, "mine.py", EXAMPLE.read_text())
     folder = tmp_path / "run"
@@ -335,6 +338,7 @@ def test_a_run_measures_the_file_and_resume_wants_it_unchanged(tmp_path: Path, c
     assert call(["run", "--resume", str(folder), "--impl-file", str(mine)]) == 2
 
 
+@pytest.mark.usefixtures("probed_once")
 def test_a_report_says_which_file_fails_on_hostile_inputs(tmp_path: Path, capsys) -> None:
     careless = written(tmp_path, "careless.py", WRONG)
     small = ["--op", "topk", "--phase", "decode", "-L", "64", "-k", "16", "--device", "cpu"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dsa_bench import cli
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 HELP_BLOCK = re.search(r"```\n(Usage: .*?)```", README, re.DOTALL)
@@ -29,11 +31,14 @@ def test_readme_has_commands_to_try():
     assert len(COMMANDS) >= 3
 
 
+@pytest.mark.usefixtures("probed_once")
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("run")])
-def test_commands_of_the_readme_plan_cases(command: str):
-    planned = call(*command.split(), "--plan", "--device", "cpu")
-    assert planned.returncode == 0, planned.stderr
-    counts = re.search(r"^to run: (\d+), skipped: (\d+)", planned.stdout, re.MULTILINE)
+def test_commands_of_the_readme_plan_cases(command: str, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code = cli.call([*command.split(), "--plan", "--device", "cpu"])
+    planned = capsys.readouterr()
+    assert code == 0, planned.err
+    counts = re.search(r"^to run: (\d+), skipped: (\d+)", planned.out, re.MULTILINE)
     assert counts is not None
     # a mode of the GPU makes cases that a CPU skips
     assert int(counts[1]) + int(counts[2]) > 0
