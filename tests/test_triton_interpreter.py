@@ -100,3 +100,29 @@ def test_a_fused_product_is_not_rounded():
             _residue_kernel[(1,)](x, x, out, N=8)
         expected = torch.tensor([residue, -residue, 2 * whole]).repeat_interleave(8)
         assert torch.equal(out, expected)
+
+
+@triton.jit
+def _twice_and(a, b):
+    return 2 * a + b
+
+
+@triton.jit
+def _reduce_kernel(x_ptr, out_ptr, AXIS: tl.constexpr, KEEP: tl.constexpr, NUM_OUT: tl.constexpr):
+    tile = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    result = tl.reduce(tl.load(x_ptr + tile), AXIS, _twice_and, keep_dims=KEEP)
+    if NUM_OUT == 1:
+        tl.store(out_ptr + tl.zeros_like(result).to(tl.int32), result)
+    else:
+        tl.store(out_ptr + tl.arange(0, NUM_OUT), tl.reshape(result, [NUM_OUT]))
+
+
+@pytest.mark.parametrize("keep_dims", [False, True])
+@pytest.mark.parametrize(("axis", "num_out"), [(0, 8), (1, 4), (None, 1)])
+def test_a_function_of_ours_reduces_from_first_to_last(axis, num_out, keep_dims):
+    x = torch.randint(0, 9, (4, 8), generator=torch.Generator().manual_seed(1), dtype=torch.int64)
+    out = torch.full((num_out,), -1, dtype=torch.int64)
+    _reduce_kernel[(1,)](x, out, AXIS=axis, KEEP=keep_dims, NUM_OUT=num_out)
+    rows = x.flatten()[None] if axis is None else x.movedim(axis, -1)
+    places = 2 ** torch.arange(rows.shape[-1] - 1, -1, -1)
+    assert torch.equal(out, (rows * places).sum(-1))

@@ -10,10 +10,13 @@ Wrong in triton 3.6 to 3.9, and repaired here:
   saturate
 - `range` with a tensor bound leans on a conversion that numpy deprecates and drops in 2.4
 - numpy warns where a GPU gives inf or NaN in silence
+- each call of a jit function looks through the language for what to replace, and `tl.reduce` with a
+  function of ours calls it for each element: half the time of these tests
 Each product is rounded; the compiler fuses it with a sum that it goes into: `fused_products`.
 Not repaired: inline assembly is refused; Gluon is not interpreted (tests/gluon_emulator does that).
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +72,8 @@ def repair() -> None:
     builder.get_bf16 = lambda self, value: narrow(handle(np.array([value], np.float32), tl.float32))
     _repair_scalars(interpreter)
     _silence_numpy(interpreter)
+    _patch_once_a_launch(interpreter)
+    interpreter.ReduceOps.generic_reduce = _reduce_slices
 
 
 @contextmanager
@@ -153,3 +158,46 @@ def _silence_numpy(interpreter: Any) -> None:
             return original(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = launch
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """What a function sees of the language is replaced at its first call in a launch."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    seen_by: dict[Any, frozenset[str]] = {}
+    done: set[frozenset[str]] = set()
+
+    def patch_once(fn: Any) -> Any:
+        if fn not in seen_by:
+            seen = [x.__name__ for x in fn.__globals__.values() if inspect.ismodule(x)]
+            seen_by[fn] = frozenset(seen) & {"triton.language", "triton.language.core"}
+        if seen_by[fn] in done:
+            return interpreter._LangPatchScope()
+        done.add(seen_by[fn])
+        return patch(fn)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_anew
+
+
+def _reduce_slices(self: Any, given: Any) -> list[Any]:
+    """`ReduceOps.generic_reduce`, in its order, but of all elements of a slice at once."""
+    whole, (given, axis) = self.axis is None, self.unravel(given, self.axis)
+    shape = given[0].handle.data.shape
+
+    def part(place: int) -> tuple[Any, ...]:
+        return tuple(self.to_tensor(x.handle.data.take(place, axis), x.dtype) for x in given)
+
+    found = part(0)
+    for place in range(1, shape[axis]):
+        found = self.combine_fn.fn(*found, *part(place))
+        found = found if isinstance(found, tuple) else (found,)
+    kept = (1,) * len(shape) if whole else (*shape[:axis], 1, *shape[axis + 1 :])
+    left = kept if self.keep_dims else () if whole else (*shape[:axis], *shape[axis + 1 :])
+    return [
+        self.to_tensor(y.handle.data.reshape(left), x.dtype)
+        for x, y in zip(given, found, strict=True)
+    ]
