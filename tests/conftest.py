@@ -10,6 +10,10 @@ from tests import triton_interpreter
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", 0):
+        # of the workers, and of what they start: threads beside a worker on each core wait for
+        # each other in loops, and small tensors take twice as long
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if triton_interpreter.is_interpreting():
         triton_interpreter.repair()
 
