@@ -207,9 +207,11 @@ class TopkConfig:
 
 
 def choose_sample(length: int, topk: int) -> int:
-    """About 64 of the sample are among the topk: their number then has a σ of an eighth."""
+    """About 64 of the sample are among the topk: their number then has a σ of an eighth. At most
+    4096 logits; of rows longer than 2^19, 8192, which leaves 16."""
+    most = 4096 if length <= 2**19 else 8192
     sample = 1024
-    while sample < 4096 and sample * topk < 48 * length:
+    while sample < most and sample * topk < 48 * length:
         sample *= 2
     return sample
 
@@ -234,7 +236,7 @@ def choose_config(
         4096 × 32768   16 logits a thread and 80 registers 224, 8 and 64 245, 16 and 96 260
         4096 rows that end at 8192: 16 and 80 121, 8 and 64 105
     """
-    words, sample = list_words(topk), choose_sample(num_cols, topk)
+    words, sample = list_words(topk, num_cols), choose_sample(num_cols, topk)
     fits_list = num_cols < words
     if fits_list and num_rows <= num_sms:
         return TopkConfig(
@@ -335,6 +337,12 @@ def _held_vectors(config: TopkConfig, num_cols: int, element_bytes: int) -> int:
     return triton.next_power_of_2(-(-num_cols // of_threads)) if config.is_held else 0
 
 
+def _capacities(config: TopkConfig) -> tuple[int, int]:
+    """Of a row's list, and of the list of a part, which overflows into its slack."""
+    capacity = config.words - int(SPARE_WORDS.value)
+    return capacity, capacity + int(SLACK_WORDS.value)
+
+
 def _launch_rows(
     logits: Tensor, kv_start: Tensor, kv_end: Tensor, out: Tensor, sorted_indices: bool,
     pages: Pages | None, slots: Tensor | None, config: TopkConfig,
@@ -356,8 +364,7 @@ def _launch_parts(
     pages: Pages | None, slots: Tensor | None, config: TopkConfig,
 ) -> None:  # fmt: skip
     num_rows, num_cols = logits.shape
-    capacity = config.words - int(SPARE_WORDS.value)
-    part_capacity = capacity + int(SLACK_WORDS.value)
+    capacity, part_capacity = _capacities(config)
     lists = empty_lists(num_rows, config.parts, part_capacity, logits.device)
     _list_kernel[(config.parts, num_rows)](
         logits, kv_start, kv_end, lists.values, lists.columns, lists.counts, num_cols,
@@ -390,6 +397,8 @@ def compile_cases() -> list[CompileCase]:
         ("few-rows", 32, 131072, "fp32", False, None),
         ("few-rows-bf16", 32, 131072, "bf16", False, None),
         ("many-rows", 4096, 131072, "fp32", False, None),
+        ("few-rows-1m", 1, 2**20, "fp32", False, None),
+        ("many-rows-1m", 4096, 2**20, "fp32", False, None),
         ("many-rows-8192", 4096, 8192, "fp32", False, 64),
         ("rows-of-a-list", 32, 4096, "fp32", False, 64),
         ("many-rows-bf16-sorted", 4096, 131072, "bf16", True, None),
@@ -413,7 +422,8 @@ def compile_cases() -> list[CompileCase]:
             constexprs |= {"VECTORS": vectors, "IS_DEPENDENT": config.is_dependent}
             own |= of_pages
         else:
-            constexprs |= {"CAPACITY": 5056, "PART_CAPACITY": 5088}
+            capacity, part_capacity = _capacities(config)
+            constexprs |= {"CAPACITY": capacity, "PART_CAPACITY": part_capacity}
             constexprs |= {"NUM_PARTS": config.parts, "IS_DEPENDENT": True}
             own = {k: v for k, v in own.items() if k != "out_ptr"} | lists
         cases.append(
