@@ -72,13 +72,13 @@ def empty_lists(
 
 
 def list_words(topk: int, length: int = 0) -> int:
-    """Words for the values of a list that holds topk entries and the spread of a threshold, which a
-    sample of a row of this length gives.
+    """Words for the values of a list that holds topk entries and the spread of a threshold, from a
+    sample of a row of this length; 0: of one up to 131072.
 
     With 5120 a threshold from 64 of a sample is missed by one row in 10^5; with 4096 it was one in
     700, and of 128 rows one in seven calls had such a row and took 31 µs instead of 19. More than
-    48 KB in all would cost 10 %: the kernel would then be launched with the smallest L1. Of longer
-    rows than 131072 fewer of the sample are among the topk, and their number varies more.
+    48 KB in all would cost 10 %: the kernel would then be launched with the smallest L1. Of
+    a longer row fewer of the sample are among the topk, and their number varies more.
     """
     return 5120 if topk <= 2560 and length <= 131072 else 8192
 

@@ -6,13 +6,12 @@ selection in the list finds the exact set, equal values by the lowest column, an
 written. A list that came out too short or too long, or a row that no threshold can divide
 (thousands of equal values), is done digit by digit, in two to five more passes.
 
-Many rows: one program does all three for its row, and three programs on an SM hide each other's
-waits. Rows that the list holds whole are listed as they are. Few rows of up to 32768 columns: a
-program asks for its whole row at once, holds it in registers, and takes the sample from those
-(`held_row.py`). Few long rows: each is shared out over
-several programs that take the same sample and so the same threshold, list what reaches it in their
-part in global memory, and end; a second kernel does (3) with one program a row
-(`candidate_list.py`).
+Rows that the list holds whole are listed as they are, and (3) is all that is left. Many rows: one
+program does all three for its row, and three or four programs on an SM hide each other's waits. Few
+rows of up to 32768 columns: a program asks for its whole row at once, holds it in registers, and
+takes the sample from those (`held_row.py`). Few long rows: each is shared out over several programs
+that take the same sample and so the same threshold, list what reaches it in their part in global
+memory, and end; a second kernel does (3) with one program a row (`candidate_list.py`).
 
 Supports topk up to 4096, fp32 and bf16 logits, any row length, stride and alignment: loads are of
 16 bytes where the tensor itself begins at a multiple of 16 bytes.
@@ -219,25 +218,25 @@ def choose_sample(length: int, topk: int) -> int:
 def choose_config(
     num_rows: int, num_cols: int, topk: int, num_sms: int, list_room: int | None = None
 ) -> TopkConfig:
-    """Many rows: a program each. A row for each SM or fewer, of up to 32768 columns: programs that
-    hold their rows, or of rows that a list holds whole, that list them. Other few rows: so many
-    parts that the GPU has two programs an SM or nearly so, of at least 2048 columns, with 16 warps
-    from 16384 on.
+    """Many rows, and those that a list holds whole: a program each. A row for each SM or fewer, of
+    up to 32768 columns: programs that hold their rows. Other few rows: so many parts that the GPU
+    has two programs an SM or nearly so, of at least 2048 columns, with 16 warps from 16384 on.
 
     H100, topk 2048, µs, from one run for each line:
         128 × 32768    held 16.4, in parts 18.6, SGLang 28.3
         16 × 32768     held 12.4, in parts 12.6; 8 rows 12.6 and 11.9
-        128 × 16384    held by 8 warps 13.2, by 16 13.4 to 14.2; 32 rows 11.7 and 11.2
+        128 × 16384    held by 8 warps 13.4, by 16 14.2; 32 rows 11.7 and 11.2
         128 × 8192     held by 8 warps 11.1, by 16 12.3, in parts 14.7
-        128 × 4096     by 16 warps and 128 registers 9.0, 64 registers 9.2, by 8 warps 9.6
+        128 × 4096     16 warps and 128 registers 9.0, 64 registers 9.2, 8 warps 9.6
+        256 × 4096     16 logits a thread and 80 registers 12.6, 8 and 128 12.5, 16 warps 12.5
         128 × 32768    parts of 8 warps 19.4, 16 warps 19.0, twice as many 18.9
         32 × 131072    8 warps 20.0, 16 warps 18.9, twice the parts 20.9, 16 logits a thread 19.1
         1 × 131072     8 warps 13.4, 16 warps 13.8, twice the parts 14.0, 16 logits a thread 13.9
         4096 × 32768   16 logits a thread and 80 registers 224, 8 and 64 245, 16 and 96 260
-        4096 rows that end at 8192: 16 and 80 121, 8 and 64 105
+        4096 × 8192    causal, 16 logits a thread and 80 registers 121, 8 and 64 105
     """
     words, sample = list_words(topk, num_cols), choose_sample(num_cols, topk)
-    fits_list = num_cols < words
+    fits_list, is_many = num_cols < words, num_rows > 2 * num_sms
     if fits_list and num_rows <= num_sms:
         return TopkConfig(
             num_warps=16, sample=sample, words=words, elements=8, max_registers=128
@@ -254,10 +253,11 @@ def choose_config(
         parts *= 2
     too_much = list_room is not None and num_rows * parts * 8 * words > list_room
     if parts == 1 or fits_list or too_much:
-        elements, max_registers = (8, 64) if num_cols <= 8192 else (16, 80)
+        # four programs an SM instead of three, where they hardly wait for loads
+        elements, max_registers = (8, 64) if is_many and num_cols <= 8192 else (16, 80)
         return TopkConfig(
             num_warps=8, sample=sample, words=words, elements=elements,
-            max_registers=max_registers, is_dependent=num_rows <= 2 * num_sms,
+            max_registers=max_registers, is_dependent=not is_many,
         )  # fmt: skip
     return TopkConfig(
         num_warps=16 if num_cols >= 16384 * parts else 8,
