@@ -37,6 +37,19 @@ def _combine_splits_kernel(
     lse = tl.load(partial_lse_ptr + offs_row, mask=exists, other=-float("inf"))
     offs_part = offs_row[:, None] * HEAD_DIM_V + offs_d[None, :]
     parts = tl.load(partial_out_ptr + offs_part, mask=exists[:, None], other=0.0)
+    merge_parts(
+        parts, lse, row, row % num_heads, offs_d, tl.program_id(1) == 0, sink_ptr, out_ptr, lse_ptr,
+        HAS_SINK, HEAD_DIM_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_parts(
+    parts, lse, row, head, offs_d, is_first, sink_ptr, out_ptr, lse_ptr,
+    HAS_SINK: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+):  # fmt: skip
+    """[parts, columns offs_d] and [parts] -> the row (int64) of a head; the log-sum too, by the
+    program that is first."""
     largest = tl.max(lse, 0)
     # of two infinities the difference is NaN
     largest = tl.where(largest == -float("inf"), 0.0, largest)
@@ -47,13 +60,12 @@ def _combine_splits_kernel(
     parts = tl.where((weight > 0)[:, None], parts, 0.0)
     denominator = total
     if HAS_SINK:
-        sink = tl.load(sink_ptr + row % num_heads)
+        sink = tl.load(sink_ptr + head)
         denominator += tl.exp2(sink * 1.4426950408889634 - largest)
     out = tl.sum(parts * weight[:, None], 0) / tl.where(is_empty, 1.0, denominator)
     tl.store(out_ptr + row * HEAD_DIM_V + offs_d, out.to(out_ptr.dtype.element_ty))
-    if tl.program_id(1) == 0:
-        natural = (largest + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse_ptr + row, tl.where(is_empty, float("inf"), natural))
+    natural = (largest + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + row, tl.where(is_empty, float("inf"), natural), mask=is_first)
 
 
 def choose_tile(num_splits: int, head_dim_v: int, num_rows: int) -> tuple[int, int]:

@@ -5,16 +5,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from dsa_bench.kernels.decode_tiles import (
-    GROUPS,
-    STAGES,
-    WIDTH,
-    count_pieces,
-    keys_of,
-    piece_after,
-    query_columns,
-)
-from dsa_bench.kernels.dependent_launch import wait_for_launch
+from dsa_bench.kernels.decode_pieces import first_list, has_piece, keys_of, piece_of, steps_of
+from dsa_bench.kernels.decode_tiles import GROUPS, STAGES, WIDTH, query_columns
+from dsa_bench.kernels.dependent_launch import let_next_launch, wait_for_launch
 from dsa_bench.kernels.prefetch_l2 import prefetch_l2
 from dsa_bench.kernels.seesaw_loader import BYTES, HALVES, copy_rows
 from dsa_bench.kernels.seesaw_tiles import (
@@ -36,29 +29,44 @@ SCALES = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
 @gluon.jit
 def load(arguments, q_desc, rope_desc, tiles):
     """Piece after piece, its query and then its rows."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, BYTES)
-    LAST: gl.constexpr = arguments.NUM_BLOCKS - 1
-    MIDDLE: gl.constexpr = -1 if arguments.IS_ONE_ROUND else arguments.NUM_BLOCKS // 2
+    row = first_list(arguments)
+    done = opaque_zero()
+    n = opaque_zero()
     # what others read or write hangs on what is loaded here
     wait_for_launch()
-    num_pieces = count_pieces(arguments)
-    for done in range(num_pieces):
-        piece = piece_after(done, arguments)
-        keys = keys_of(arguments, piece)
-        following = load_key_block(keys, 0, ROWS)
-        mbarrier.wait(tiles.q_free, (done & 1) ^ 1)
-        _load_query(arguments, piece, q_desc, rope_desc, tiles)
-        for i in range(arguments.NUM_BLOCKS):
-            n = done * arguments.NUM_BLOCKS + i
-            if (i == MIDDLE) & (done + 1 < num_pieces):
-                _prefetch_query(arguments, piece_after(done + 1, arguments))
-            valid = is_key(following, keys.num_keys)
-            rows = gl.where(valid, following, 0)
-            # the entries of the next block travel while this one is gathered
-            following = load_key_block(keys, gl.minimum(i + 1, LAST) * BLOCK_KV, ROWS)
-            mbarrier.wait(tiles.k_free.index(n % STAGES), (n // STAGES & 1) ^ 1)
-            _load_rows(arguments, rows, valid, tiles, n % STAGES)
+    if arguments.IS_ONE_PIECE:
+        _load_piece(arguments, row, done, n, q_desc, rope_desc, tiles)
+    else:
+        while has_piece(arguments, row):
+            n = _load_piece(arguments, row, done, n, q_desc, rope_desc, tiles)
+            row = row + 1
+            done = done + 1
+    if arguments.LETS_NEXT:
+        let_next_launch()
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def _load_piece(arguments, row, done, n, q_desc, rope_desc, tiles):
+    """Piece `done`, whose first block is the program's n-th; the number of the block behind it."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, BYTES)
+    piece = piece_of(arguments, row)
+    keys = keys_of(arguments, row, piece)
+    following = load_key_block(keys, 0, ROWS)
+    mbarrier.wait(tiles.q_free, (done & 1) ^ 1)
+    _load_query(arguments, row, q_desc, rope_desc, tiles)
+    steps = steps_of(arguments, piece)
+    for i in range(steps):
+        if not arguments.IS_ONE_PIECE and i == steps // 2:
+            _prefetch_query(arguments, row + 1)
+        valid = is_key(following, keys.num_keys)
+        rows = gl.where(valid, following, 0)
+        # the entries of the next block travel while this one is gathered
+        following = load_key_block(keys, gl.minimum(i + 1, steps - 1) * BLOCK_KV, ROWS)
+        mbarrier.wait(tiles.k_free.index(n % STAGES), (n // STAGES & 1) ^ 1)
+        _load_rows(arguments, rows, valid, tiles, n % STAGES)
+        n = n + 1
+    return n
 
 
 @gluon.jit
@@ -85,10 +93,10 @@ def _load_rows(arguments, rows, valid, tiles, stage):
 
 
 @gluon.jit
-def _load_query(arguments, piece, q_desc, rope_desc, tiles):
+def _load_query(arguments, row, q_desc, rope_desc, tiles):
     """BLOCK_H rows of [queries · num_heads, 576]. Where the query has fewer heads left, the others
     are the next query's, or 0 behind the last: their results are not stored."""
-    first_row = piece.row * arguments.num_heads + piece.first_head
+    first_row = row * arguments.num_heads + gl.program_id(0) * arguments.BLOCK_H
     COLUMNS: gl.constexpr = query_columns(arguments.BLOCK_H)
     TILES: gl.constexpr = WIDTH // COLUMNS
     mbarrier.expect(tiles.q_ready, TILES * q_desc.block_type.nbytes + rope_desc.block_type.nbytes)
@@ -98,15 +106,18 @@ def _load_query(arguments, piece, q_desc, rope_desc, tiles):
 
 
 @gluon.jit
-def _prefetch_query(arguments, piece):
-    """The lines of a query's heads to L2, ahead of time: when a piece begins, all SMs ask for up to
-    72 KB at once. H100, 128 heads, batch 128: 354 µs become 347 with two queries a sequence."""
+def _prefetch_query(arguments, row):
+    """The lines of the next piece's query, if there is one, to L2, ahead of time: when a piece
+    begins, all SMs ask for up to 72 KB at once. H100, 128 heads, batch 128: 354 µs become 347 with
+    two queries a sequence."""
     LINE: gl.constexpr = 64
     THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     head_dim: gl.constexpr = WIDTH + ROPE
-    first_row = piece.row.to(gl.int64) * arguments.num_heads + piece.first_head
-    heads = gl.minimum(arguments.num_heads - piece.first_head, arguments.BLOCK_H)
-    for first in range(opaque_zero(), heads * head_dim, LOADER_THREADS * LINE):
-        offs = first + gl.arange(0, LOADER_THREADS, THREADS) * LINE
-        offs = gl.minimum(offs, heads * head_dim - 1)
-        prefetch_l2(arguments.q_ptr + first_row * head_dim + offs)
+    if has_piece(arguments, row):
+        first_head = gl.program_id(0) * arguments.BLOCK_H
+        first_row = row.to(gl.int64) * arguments.num_heads + first_head
+        heads = gl.minimum(arguments.num_heads - first_head, arguments.BLOCK_H)
+        for first in range(opaque_zero(), heads * head_dim, LOADER_THREADS * LINE):
+            offs = first + gl.arange(0, LOADER_THREADS, THREADS) * LINE
+            offs = gl.minimum(offs, heads * head_dim - 1)
+            prefetch_l2(arguments.q_ptr + first_row * head_dim + offs)

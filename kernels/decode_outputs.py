@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsa_bench.kernels.decode_pieces import WHOLE, first_list, has_piece, piece_of, steps_of
 from dsa_bench.kernels.decode_query import prepare_columns
 from dsa_bench.kernels.decode_tiles import (
     GROUP_PAIRS,
@@ -27,8 +28,6 @@ from dsa_bench.kernels.decode_tiles import (
     SHARES_TILE,
     STAGES,
     WIDTH,
-    count_pieces,
-    piece_after,
     products,
 )
 from dsa_bench.kernels.named_barrier import arrive_at, wait_at
@@ -55,38 +54,52 @@ VALUE_PAIRS = gl.constexpr(
 @gluon.jit
 def accumulate(arguments, tiles):
     """Piece after piece, all columns."""
+    row = first_list(arguments)
+    done = opaque_zero()
+    n = opaque_zero()
+    if arguments.IS_ONE_PIECE:
+        _accumulate_piece(arguments, tiles, row, done, n)
+    else:
+        while has_piece(arguments, row):
+            n = _accumulate_piece(arguments, tiles, row, done, n)
+            row = row + 1
+            done = done + 1
+
+
+@gluon.jit
+def _accumulate_piece(arguments, tiles, row, done, n):
+    """Piece `done`, whose first block is the program's n-th; the number of the block behind it."""
     BLOCK_H: gl.constexpr = arguments.BLOCK_H
     OUTPUT: gl.constexpr = products(BLOCK_H, OUTPUT_WARPS)
-    for done in range(count_pieces(arguments)):
-        prepare_columns(tiles, done, BLOCK_H)
-        even0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        odd0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        even1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        odd1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
-        for i in range(arguments.NUM_BLOCKS):
-            n = done * arguments.NUM_BLOCKS + i
-            stage, slot = n % STAGES, (n + done) % RING
-            wait_at(READY + slot, ALL_THREADS)
-            if gl.max(tiles.moves.index(slot).load(FLAG), 0) != 0:
-                factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
-                even0 = even0 * factor[None, :]
-                odd0 = odd0 * factor[None, :]
-                even1 = even1 * factor[None, :]
-                odd1 = odd1 * factor[None, :]
-            p = tiles.weights.index(slot)
-            even0, odd0, even1, odd1 = _add_block(
-                tiles, stage, slot, p, even0, odd0, even1, odd1, OUTPUT
-            )
-            mbarrier.arrive(tiles.k_free.index(stage), count=1)
-            arrive_at(ENTRY_FREE + slot, ALL_THREADS)
-        slot = ((done + 1) * (arguments.NUM_BLOCKS + 1) - 1) % RING
+    mbarrier.wait(tiles.q_ready, done & 1)
+    behind = n + steps_of(arguments, piece_of(arguments, row))
+    prepare_columns(tiles, BLOCK_H)
+    even0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+    odd0 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+    even1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+    odd1 = gl.zeros([HALF_PAIRS, BLOCK_H], gl.float32, OUTPUT)
+    for block in range(n, behind):
+        stage, slot = block % STAGES, (block + done) % RING
         wait_at(READY + slot, ALL_THREADS)
-        factors = tiles.factors.index(slot)
-        # worked out anew: kept through the loop, all that hangs on it is spilled
-        piece = piece_after(done + opaque_zero(), arguments)
-        _store_output(arguments, piece, even0, odd0, factors, 0)
-        _store_output(arguments, piece, even1, odd1, factors, HALF_PAIRS)
+        if gl.max(tiles.moves.index(slot).load(FLAG), 0) != 0:
+            factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
+            even0 = even0 * factor[None, :]
+            odd0 = odd0 * factor[None, :]
+            even1 = even1 * factor[None, :]
+            odd1 = odd1 * factor[None, :]
+        p = tiles.weights.index(slot)
+        even0, odd0, even1, odd1 = _add_block(
+            tiles, stage, slot, p, even0, odd0, even1, odd1, OUTPUT
+        )
+        mbarrier.arrive(tiles.k_free.index(stage), count=1)
         arrive_at(ENTRY_FREE + slot, ALL_THREADS)
+    slot = (behind + done) % RING
+    wait_at(READY + slot, ALL_THREADS)
+    factor = tiles.factors.index(slot).load(gl.SliceLayout(0, OUTPUT))
+    # worked out anew: kept through the loop, all that hangs on it is spilled
+    _store_output(arguments, row + opaque_zero(), factor, even0, odd0, even1, odd1)
+    arrive_at(ENTRY_FREE + slot, ALL_THREADS)
+    return behind
 
 
 @gluon.jit
@@ -137,43 +150,55 @@ def _values(tiles, stage, slot, HALF: gl.constexpr, KEY: gl.constexpr, OUTPUT: g
 
 
 @gluon.jit
-def _store_output(arguments, piece, even, odd, factors, FIRST: gl.constexpr):
-    """Pairs of columns: a word of two bf16, or two fp32 of a split; eight lanes write one head."""
-    OUTPUT: gl.constexpr = products(arguments.BLOCK_H, OUTPUT_WARPS)
-    factor = factors.load(gl.SliceLayout(0, OUTPUT))
-    even = even * factor[None, :]
-    odd = odd * factor[None, :]
-    row = (piece.split * arguments.num_queries + piece.row).to(gl.int64) * arguments.num_heads
-    first_pair = (row + piece.first_head) * (WIDTH // 2)
-    num_heads = arguments.num_heads - piece.first_head
-    if arguments.NUM_SPLITS > 1:
-        both = gl.join(even, odd)
-        LAYOUT: gl.constexpr = both.type.layout
-        PAIRS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-        offs = _pair_offsets(arguments.BLOCK_H, FIRST, 2, PAIRS)
-        side = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-        offs = gl.expand_dims(offs, 2) + gl.expand_dims(side[None, :], 0)
-        exists = offs >= 0
-        if arguments.HEADS_MASKED:
-            exists = offs < num_heads * WIDTH
-        gl.store(arguments.out_ptr + 2 * first_pair + offs, both, mask=exists)
+def _store_output(arguments, row, factor, even0, odd0, even1, odd1):
+    """All columns times the factor, of a whole list or of a part of one."""
+    place = piece_of(arguments, row).place
+    if arguments.HAS_PARTS and arguments.HAS_WHOLE:
+        if place == WHOLE:
+            _store_whole(arguments, row, factor, even0, odd0, 0)
+            _store_whole(arguments, row, factor, even1, odd1, HALF_PAIRS)
+        else:
+            _store_part(arguments, place, factor, even0, odd0, 0)
+            _store_part(arguments, place, factor, even1, odd1, HALF_PAIRS)
+    elif arguments.HAS_PARTS:
+        _store_part(arguments, place, factor, even0, odd0, 0)
+        _store_part(arguments, place, factor, even1, odd1, HALF_PAIRS)
     else:
-        words = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True,
-            pack=1,
-        )  # fmt: skip
-        offs = _pair_offsets(arguments.BLOCK_H, FIRST, 1, OUTPUT)
-        exists = offs >= 0
-        if arguments.HEADS_MASKED:
-            exists = offs < num_heads * (WIDTH // 2)
-        gl.store(arguments.out_ptr + first_pair + offs, words, mask=exists)
+        _store_whole(arguments, row, factor, even0, odd0, 0)
+        _store_whole(arguments, row, factor, even1, odd1, HALF_PAIRS)
 
 
 @gluon.jit
-def _pair_offsets(
-    BLOCK_H: gl.constexpr, FIRST: gl.constexpr, ELEMENTS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """[pairs of a half, heads]: where the pair, of so many elements, stands among all heads'."""
-    offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
-    offs_d = FIRST + gl.arange(0, HALF_PAIRS, gl.SliceLayout(1, LAYOUT))
-    return offs_h[None, :] * (ELEMENTS * WIDTH // 2) + offs_d[:, None] * ELEMENTS
+def _store_part(arguments, place, factor, even, odd, FIRST: gl.constexpr):
+    """Two fp32 a pair."""
+    words = gl.inline_asm_elementwise(
+        "mov.b64 $0, {$1, $2};", "=l,f,f", [even * factor[None, :], odd * factor[None, :]],
+        dtype=gl.int64, is_pure=True, pack=1,
+    )  # fmt: skip
+    _store_pairs(arguments, arguments.partial_out_ptr, place, words, FIRST)
+
+
+@gluon.jit
+def _store_whole(arguments, row, factor, even, odd, FIRST: gl.constexpr):
+    """Two bf16 a pair."""
+    words = gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even * factor[None, :], odd * factor[None, :]],
+        dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+    _store_pairs(arguments, arguments.out_ptr, row, words, FIRST)
+
+
+@gluon.jit
+def _store_pairs(arguments, ptr, row, words, FIRST: gl.constexpr):
+    """[pairs of a half, heads] -> their places in rows of [num_heads, 256]; eight lanes write one
+    head."""
+    OUTPUT: gl.constexpr = products(arguments.BLOCK_H, OUTPUT_WARPS)
+    offs_h = gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(0, OUTPUT))
+    offs_d = FIRST + gl.arange(0, HALF_PAIRS, gl.SliceLayout(1, OUTPUT))
+    offs = offs_h[None, :] * (WIDTH // 2) + offs_d[:, None]
+    first_head = gl.program_id(0) * arguments.BLOCK_H
+    first = (row.to(gl.int64) * arguments.num_heads + first_head) * (WIDTH // 2)
+    exists = offs >= 0
+    if arguments.HEADS_MASKED:
+        exists = offs < (arguments.num_heads - first_head) * (WIDTH // 2)
+    gl.store(ptr + first + offs, words, mask=exists)

@@ -8,7 +8,7 @@ alone.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from dsa_bench.kernels.decode_tiles import (
     OUTPUT_WARPS,
@@ -42,11 +42,10 @@ def rows_of_tile(heads):
 
 
 @gluon.jit
-def prepare_columns(tiles, done, BLOCK_H: gl.constexpr):
-    """The outputs' part, of piece `done`: the columns that become f16, in place."""
+def prepare_columns(tiles, BLOCK_H: gl.constexpr):
+    """The outputs' part, of a query that is there: the columns that become f16, in place."""
     COLUMNS: gl.constexpr = query_columns(BLOCK_H)
     LAYOUT: gl.constexpr = rows_of_tile(BLOCK_H)
-    mbarrier.wait(tiles.q_ready, done & 1)
     largest = gl.zeros([BLOCK_H, COLUMNS], gl.int16, LAYOUT)
     for i in range(opaque_zero(), WIDTH // COLUMNS):
         largest = _larger(largest, tiles.q.index(i).load(LAYOUT))
@@ -66,10 +65,9 @@ def prepare_columns(tiles, done, BLOCK_H: gl.constexpr):
 
 
 @gluon.jit
-def prepare_rope(tiles, done, sm_scale_log2):
+def prepare_rope(tiles, sm_scale_log2):
     """The scores' part: the rope columns, which stay bf16, and the units of all heads. What follows
     must wait for the others at QUERY_PARTS."""
-    mbarrier.wait(tiles.q_ready, done & 1)
     tile = tiles.q_rope.index(0)
     rope = tile.load(ROWS)
     largest = _larger(gl.zeros_like(rope).to(gl.int16, bitcast=True), rope)

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dsa_bench.kernels.decode_pieces import WHOLE, first_list, has_piece, piece_of, steps_of
 from dsa_bench.kernels.decode_query import QUERY_PARTS, prepare_rope
 from dsa_bench.kernels.decode_tiles import (
     GROUPS,
@@ -28,8 +29,6 @@ from dsa_bench.kernels.decode_tiles import (
     TILE_COLUMNS,
     VOTE,
     WIDTH,
-    count_pieces,
-    piece_after,
     products,
     query_columns,
 )
@@ -95,31 +94,52 @@ def lane_sums(heads):
 def score(arguments, tiles):
     """Piece after piece: a block's weights and factor -> ring; at the end the last factor, and the
     logarithm of the sum to memory."""
-    BLOCK_H: gl.constexpr = arguments.BLOCK_H
-    HEADS: gl.constexpr = gl.SliceLayout(0, products(BLOCK_H))
-    for done in range(count_pieces(arguments)):
-        piece = piece_after(done, arguments)
-        is_set = opaque_zero()
-        sums = gl.zeros([32, BLOCK_H], gl.float32, lane_sums(BLOCK_H))
-        first = done * arguments.NUM_BLOCKS
-        entry = first + done
-        prepare_rope(tiles, done, arguments.sm_scale_log2)
-        tiles.references.index(0).store(gl.zeros([BLOCK_H], gl.float32, HEADS))
-        wait_at(QUERY_PARTS, ALL_THREADS)
-        for i in range(arguments.NUM_BLOCKS):
-            s, key_columns, head_columns = _multiply(arguments, tiles, first + i, entry + i)
-            mbarrier.arrive(tiles.k_free.index((first + i) % STAGES), count=1)
-            is_set, sums = _weigh(
-                arguments, s, key_columns, head_columns, is_set, sums, tiles, entry + i
-            )
-        mbarrier.arrive(tiles.q_free, count=1)
-        reference = tiles.references.index(0).load(HEADS)
-        total = gl.convert_layout(gl.sum(gl.convert_layout(sums, COLUMNS), 0), HEADS)
-        # worked out anew: kept through the loop, row and offsets are spilled
-        piece = piece_after(done + opaque_zero(), arguments)
-        _finish(arguments, tiles, entry + arguments.NUM_BLOCKS, reference, total, piece)
+    row = first_list(arguments)
+    done = opaque_zero()
+    n = opaque_zero()
+    if arguments.IS_ONE_PIECE:
+        _score_piece(arguments, tiles, row, done, n)
+        _await_outputs()
+    else:
+        while has_piece(arguments, row):
+            n = _score_piece(arguments, tiles, row, done, n)
+            row = row + 1
+            done = done + 1
+        if done > 0:
+            _await_outputs()
+
+
+@gluon.jit
+def _await_outputs():
+    """What they say last, so that barriers are left as they were found; each entry was used."""
     for slot in gl.static_range(RING):
         wait_at(ENTRY_FREE + slot, ALL_THREADS)
+
+
+@gluon.jit
+def _score_piece(arguments, tiles, row, done, n):
+    """Piece `done`, whose first block is the program's n-th; the number of the block behind it."""
+    BLOCK_H: gl.constexpr = arguments.BLOCK_H
+    HEADS: gl.constexpr = gl.SliceLayout(0, products(BLOCK_H))
+    is_set = opaque_zero()
+    sums = gl.zeros([32, BLOCK_H], gl.float32, lane_sums(BLOCK_H))
+    mbarrier.wait(tiles.q_ready, done & 1)
+    behind = n + steps_of(arguments, piece_of(arguments, row))
+    prepare_rope(tiles, arguments.sm_scale_log2)
+    tiles.references.index(0).store(gl.zeros([BLOCK_H], gl.float32, HEADS))
+    wait_at(QUERY_PARTS, ALL_THREADS)
+    for block in range(n, behind):
+        s, key_columns, head_columns = _multiply(arguments, tiles, block, block + done)
+        mbarrier.arrive(tiles.k_free.index(block % STAGES), count=1)
+        is_set, sums = _weigh(
+            arguments, s, key_columns, head_columns, is_set, sums, tiles, block + done
+        )
+    mbarrier.arrive(tiles.q_free, count=1)
+    reference = tiles.references.index(0).load(HEADS)
+    total = gl.convert_layout(gl.sum(gl.convert_layout(sums, COLUMNS), 0), HEADS)
+    # worked out anew: kept through the loop, all that hangs on it is spilled
+    _finish(arguments, tiles, row + opaque_zero(), behind + done, reference, total)
+    return behind
 
 
 @gluon.jit
@@ -307,15 +327,18 @@ def _any_above(x, BLOCK_H: gl.constexpr):
 
 
 @gluon.jit
-def _finish(arguments, tiles, entry, reference, total, piece):
-    """1 / Σ is the last factor; the logarithm goes out. The sink joins Σ where nothing is split."""
+def _finish(arguments, tiles, row, entry, reference, total):
+    """1 / Σ is the last factor; the logarithm goes out. The sink joins the Σ of a whole list."""
+    place = piece_of(arguments, row).place
     SCORES: gl.constexpr = products(arguments.BLOCK_H)
-    offs_h = piece.first_head + gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(0, SCORES))
+    first_head = gl.program_id(0) * arguments.BLOCK_H
+    offs_h = first_head + gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(0, SCORES))
     exists = offs_h < arguments.num_heads
     denominator = total
-    if arguments.HAS_SINK:
+    if arguments.HAS_SINK and arguments.HAS_WHOLE:
         sink = gl.load(arguments.sink_ptr + offs_h, mask=exists, other=0.0)
-        denominator = total + gl.exp2(sink * LOG2_E - reference)
+        share = gl.exp2(sink * LOG2_E - reference)
+        denominator = total + gl.where(place == WHOLE, share, 0.0)
     slot = entry % RING
     if entry >= RING:
         wait_at(ENTRY_FREE + slot, ALL_THREADS)
@@ -323,9 +346,11 @@ def _finish(arguments, tiles, entry, reference, total, piece):
     tiles.factors.index(slot).store(gl.where(total == 0, 0.0, 1.0 / (SHARE * denominator)))
     arrive_at(READY + slot, ALL_THREADS)
     log2_sum = reference + gl.log2(total)
-    row = (piece.split * arguments.num_queries + piece.row) * arguments.num_heads
-    if arguments.NUM_SPLITS > 1:
+    if arguments.HAS_PARTS:
         lse = gl.where(total == 0, -float("inf"), log2_sum)
-    else:
+        offs = place * arguments.num_heads + offs_h
+        gl.store(arguments.partial_lse_ptr + offs, lse, mask=exists & (place != WHOLE))
+    if arguments.HAS_WHOLE:
         lse = gl.where(total == 0, float("inf"), log2_sum * LN_2)
-    gl.store(arguments.lse_ptr + row + offs_h, lse, mask=exists)
+        offs = row * arguments.num_heads + offs_h
+        gl.store(arguments.lse_ptr + offs, lse, mask=exists & (place == WHOLE))

@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 from dsa_bench.kernels.paging import HEAD_DIM_ROPE
-from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, LOADER_THREADS, ROPE, TILE, VECTOR, KeyList
+from dsa_bench.kernels.seesaw_tiles import BLOCK_KV, LOADER_THREADS, ROPE, TILE, VECTOR
 from dsa_bench.kernels.tma_tiles import tile_layout, tile_type
 from dsa_bench.kernels.weight_ring import RING
 
@@ -83,7 +83,7 @@ def products(heads, warps=4):
 
 @aggregate
 class Arguments:
-    """What all programs share; names as in `sparse_decode.py`."""
+    """What all programs share; names as in `sparse_decode.py`, and those of `decode_config.py`."""
 
     q_ptr: gl.tensor
     cache_ptr: gl.tensor  # the same bytes as int8, bf16 and fp32
@@ -92,28 +92,35 @@ class Arguments:
     slots_ptr: gl.tensor
     lens_ptr: gl.tensor
     sink_ptr: gl.tensor
-    out_ptr: gl.tensor
+    out_ptr: gl.tensor  # as int32, pairs of bf16
     lse_ptr: gl.tensor
+    partial_out_ptr: gl.tensor  # [2 · groups, num_heads, 256] int64, pairs of fp32
+    partial_lse_ptr: gl.tensor  # [2 · groups, num_heads] fp32, to base 2
     num_queries: gl.tensor
     num_slots: gl.tensor
     num_heads: gl.tensor
     topk: gl.tensor
+    share: gl.tensor  # of each group
     sm_scale_log2: gl.tensor
-    NUM_BLOCKS: gl.constexpr  # of a split
-    NUM_SPLITS: gl.constexpr
+    NUM_BLOCKS: gl.constexpr  # of a full list
+    PIECE_UNITS: gl.constexpr
     BLOCK_H: gl.constexpr
     HAS_LENS: gl.constexpr
     HAS_SINK: gl.constexpr
     IS_RAGGED: gl.constexpr
     HEADS_MASKED: gl.constexpr
-    IS_ONE_ROUND: gl.constexpr  # no program has more than one piece
+    HAS_PARTS: gl.constexpr  # some pieces may be parts of a list
+    HAS_WHOLE: gl.constexpr  # some may be whole lists
+    IS_ONE_PIECE: gl.constexpr  # each program has one
+    EVEN_BLOCKS: gl.constexpr  # and it has so many blocks, without lengths; 0: they differ
+    LETS_NEXT: gl.constexpr  # merging may be launched early
 
     @gluon.constexpr_function
     def __init__(
         self, q_ptr, cache_ptr, halves_ptr, scales_ptr, slots_ptr, lens_ptr, sink_ptr, out_ptr,
-        lse_ptr, num_queries, num_slots, num_heads, topk, sm_scale_log2,
-        NUM_BLOCKS, NUM_SPLITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED, HEADS_MASKED,
-        IS_ONE_ROUND,
+        lse_ptr, partial_out_ptr, partial_lse_ptr, num_queries, num_slots, num_heads, topk, share,
+        sm_scale_log2, NUM_BLOCKS, PIECE_UNITS, BLOCK_H, HAS_LENS, HAS_SINK, IS_RAGGED,
+        HEADS_MASKED, HAS_PARTS, HAS_WHOLE, IS_ONE_PIECE, EVEN_BLOCKS, LETS_NEXT,
     ):  # fmt: skip
         self.q_ptr = q_ptr
         self.cache_ptr = cache_ptr
@@ -124,19 +131,26 @@ class Arguments:
         self.sink_ptr = sink_ptr
         self.out_ptr = out_ptr
         self.lse_ptr = lse_ptr
+        self.partial_out_ptr = partial_out_ptr
+        self.partial_lse_ptr = partial_lse_ptr
         self.num_queries = num_queries
         self.num_slots = num_slots
         self.num_heads = num_heads
         self.topk = topk
+        self.share = share
         self.sm_scale_log2 = sm_scale_log2
         self.NUM_BLOCKS = gl.constexpr(NUM_BLOCKS)
-        self.NUM_SPLITS = gl.constexpr(NUM_SPLITS)
+        self.PIECE_UNITS = gl.constexpr(PIECE_UNITS)
         self.BLOCK_H = gl.constexpr(BLOCK_H)
         self.HAS_LENS = gl.constexpr(HAS_LENS)
         self.HAS_SINK = gl.constexpr(HAS_SINK)
         self.IS_RAGGED = gl.constexpr(IS_RAGGED)
         self.HEADS_MASKED = gl.constexpr(HEADS_MASKED)
-        self.IS_ONE_ROUND = gl.constexpr(IS_ONE_ROUND)
+        self.HAS_PARTS = gl.constexpr(HAS_PARTS)
+        self.HAS_WHOLE = gl.constexpr(HAS_WHOLE)
+        self.IS_ONE_PIECE = gl.constexpr(IS_ONE_PIECE)
+        self.EVEN_BLOCKS = gl.constexpr(EVEN_BLOCKS)
+        self.LETS_NEXT = gl.constexpr(LETS_NEXT)
 
 
 @aggregate
@@ -217,60 +231,4 @@ def allocate_tiles(BLOCK_H: gl.constexpr):
     return Tiles(
         q, q_rope, k, k_rope, scales, biases, weights, shares, largest, units, references,
         factors, moves, q_ready, q_free, k_ready, k_free,
-    )  # fmt: skip
-
-
-@aggregate
-class Piece:
-    """One split of the slots of one query, for BLOCK_H of its heads."""
-
-    row: gl.tensor  # of all queries
-    first_head: gl.tensor
-    split: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, row, first_head, split):
-        self.row = row
-        self.first_head = first_head
-        self.split = split
-
-
-@gluon.jit
-def head_tiles(arguments):
-    return (arguments.num_heads + arguments.BLOCK_H - 1) // arguments.BLOCK_H
-
-
-@gluon.jit
-def count_pieces(arguments):
-    """Pieces of this program."""
-    if arguments.IS_ONE_ROUND:
-        return 1
-    num_pieces = arguments.num_queries * head_tiles(arguments) * arguments.NUM_SPLITS
-    return (num_pieces - 1 - gl.program_id(0)) // gl.num_programs(0) + 1
-
-
-@gluon.jit
-def piece_after(done, arguments):
-    """The piece that comes after `done` others of this program. Those that gather the same rows
-    stand side by side."""
-    number = gl.program_id(0) + done * gl.num_programs(0)
-    tiles = head_tiles(arguments)
-    rest = number // tiles
-    return Piece(
-        rest // arguments.NUM_SPLITS,
-        number % tiles * arguments.BLOCK_H,
-        rest % arguments.NUM_SPLITS,
-    )
-
-
-@gluon.jit
-def keys_of(arguments, piece):
-    begin = piece.split * (arguments.NUM_BLOCKS * BLOCK_KV)
-    length = arguments.topk
-    if arguments.HAS_LENS:
-        # not below 0: the begin of a split is taken off
-        length = gl.maximum(gl.minimum(gl.load(arguments.lens_ptr + piece.row), arguments.topk), 0)
-    return KeyList(
-        arguments.slots_ptr + piece.row.to(gl.int64) * arguments.topk + begin,
-        length - begin, arguments.num_slots, arguments.NUM_BLOCKS, arguments.IS_RAGGED,
     )  # fmt: skip

@@ -1,55 +1,20 @@
 """The kernel of sparse decode over 656-byte rows: its configuration, emulated and on a GPU."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from triton.runtime.jit import mangle_type
 
 from dsa_bench.kernels import row_decode
-from dsa_bench.kernels.sparse_decode import (
-    MAX_SPLITS,
-    OPERATOR,
-    PARTIAL_ROWS,
-    SparseDecodeOutputs,
-    SparseDecodeShape,
-)
+from dsa_bench.kernels.decode_config import Fp8DecodeConfig, choose_config
+from dsa_bench.kernels.sparse_decode import OPERATOR, SparseDecodeOutputs, SparseDecodeShape
 from tests import hostile, hostile_cache
 from tests.gluon_emulator import Deadlock, EmulationError, emulated_gluon
 from tests.gluon_emulator.memory import SharedTile
 
 KERNEL = "dsa_bench.kernels.row_decode"
 NUM_SMS = 132
-
-
-def choose(num_queries, num_heads=128, topk=2048):
-    return row_decode.choose_config(num_queries, num_heads, topk, NUM_SMS)
-
-
-@pytest.mark.parametrize("topk", [1, 63, 64, 65, 128, 129, 300, 512, 1000, 1024, 2048, 4096, 8192])
-@pytest.mark.parametrize("num_heads", [1, 8, 16, 17, 32, 33, 64, 96, 128, 130, 256])
-def test_splits_cover_all_keys_and_none_is_empty(num_heads, topk):
-    blocks = -(-topk // 64)
-    for num_queries in (1, 2, 5, 16, 33, 66, 128, 133, 300, 5000):
-        config = choose(num_queries, num_heads, topk)
-        each = -(-blocks // config.num_splits)
-        assert (config.num_splits - 1) * each < blocks <= config.num_splits * each
-        assert config.num_splits <= MAX_SPLITS
-        rows = config.num_splits * num_queries * num_heads
-        assert config.num_splits == 1 or rows <= PARTIAL_ROWS
-        assert config.block_h in (16, 32, 64)
-        assert config.block_h == 16 or config.block_h < 2 * num_heads
-
-
-def test_few_queries_are_split_and_many_are_not():
-    assert choose(1).num_splits > 8
-    assert choose(1, topk=64).num_splits == 1
-    assert choose(NUM_SMS).num_splits == 1
-    assert all(
-        choose(few).num_splits >= choose(many).num_splits
-        for few, many in pairwise((1, 8, 16, 32, 64, 128))
-    )
 
 
 @pytest.mark.parametrize("loader", row_decode.LOADER_REGISTERS.values())
@@ -60,32 +25,38 @@ def test_registers_of_the_four_warpgroups_fit(loader):
     assert scores > loader
 
 
-def merge_plainly(partial_out, partial_lse, num_splits, attn_sink, out, lse):
-    """`combine_splits` in torch, for that is a Triton kernel, which its interpreter alone runs."""
-    logs = partial_lse.view(num_splits, *lse.shape).double() / 1.4426950408889634
-    total = logs.logsumexp(0)
-    is_empty = total == -hostile.INF
-    lse.copy_(total.masked_fill(is_empty, hostile.INF))
-    if attn_sink is not None:
-        total = torch.logaddexp(total, attn_sink.double())
-    weights = torch.exp(logs - total).masked_fill(is_empty, 0.0)[..., None]
-    out.copy_((weights * partial_out.view(num_splits, *out.shape)).sum(0))
+def merge_plainly(parts, attn_sink, out, lse):
+    """`combine_parts` in torch, for that is a Triton kernel, which its interpreter alone runs."""
+    outs, lses = out.flatten(0, 1), lse.flatten(0, 1)
+    num_groups = parts.out.shape[0] // 2
+    for query in range(lses.shape[0]):
+        begin = query * (parts.piece_units + parts.num_blocks) + parts.piece_units
+        groups = range(begin // parts.share, (begin + parts.num_blocks - 1) // parts.share + 1)
+        if len(groups) == 1:
+            continue
+        places = [groups[0], *(num_groups + group for group in groups[1:])]
+        logs = parts.lse[places].double() / 1.4426950408889634
+        total = logs.logsumexp(0)
+        is_empty = total == -hostile.INF
+        lses[query] = total.masked_fill(is_empty, hostile.INF)
+        if attn_sink is not None:
+            total = torch.logaddexp(total, attn_sink.double())
+        weights = torch.exp(logs - total).masked_fill(is_empty, 0.0)[..., None]
+        outs[query] = (weights * parts.out[places]).sum(0)
 
 
-def emulate(inputs, *, block_h=16, num_splits=1, num_sms=NUM_SMS, seed=0, changes=None):
+def emulate(inputs, config, *, seed=0, changes=None):
     """Outputs of the emulated kernel, with `changes` to its modules."""
     out = torch.full((*inputs.q.shape[:3], 512), hostile.NAN).bfloat16()
     lse = torch.full(inputs.q.shape[:3], hostile.NAN)
     mangle_type(lse)  # its first call imports Gluon: the real one is wanted
-    emulation = emulated_gluon(seed=seed, num_sms=num_sms)
-    with emulation as emulated, hostile.poisoned_outputs():
+    with emulated_gluon(seed=seed) as emulated, hostile.poisoned_outputs():
         kernel = emulated.load(KERNEL)
-        kernel.combine_splits = merge_plainly
+        kernel.combine_parts = merge_plainly
         emulated.change(changes or {})
         kernel.attend_fp8_rows(
             inputs.q, inputs.kv_cache, inputs.topk_slots, inputs.sm_scale, inputs.attn_sink,
-            inputs.topk_lens, out, lse,
-            config=kernel.Fp8DecodeConfig(block_h=block_h, num_splits=num_splits),
+            inputs.topk_lens, out, lse, config=config,
         )  # fmt: skip
     return SparseDecodeOutputs(out, lse)
 
@@ -122,83 +93,111 @@ def shortened(inputs):
     return replace(inputs, topk_lens=lens[: inputs.q.shape[0], None].contiguous())
 
 
-def case(block_h, splits, num_sms, shape, mutate=hostile.sparse_decode_wild):
-    name = f"{hostile.label(shape)}-{mutate.__name__}-{splits}of{block_h}-sms{num_sms}"
-    return pytest.param(block_h, splits, num_sms, shape, mutate, id=name)
+def uneven(inputs):
+    """A list that is as long as it may be, among some with a key or none: groups share it."""
+    shape, device = inputs.topk_slots.shape[:2], inputs.q.device
+    lens = torch.zeros(shape, dtype=torch.int32, device=device)
+    lens.view(-1)[1::3] = 2**31 - 1
+    lens.view(-1)[2::3] = 70
+    return replace(inputs, topk_lens=lens)
+
+
+def whole(block_h, num_groups):
+    """A group takes whole lists alone."""
+    return Fp8DecodeConfig(block_h=block_h, num_groups=num_groups, shares_lists=False)
+
+
+def shared(block_h, num_groups, piece_units=0):
+    return Fp8DecodeConfig(block_h=block_h, num_groups=num_groups, piece_units=piece_units)
+
+
+def case(config, shape, mutate=hostile.sparse_decode_wild):
+    how = f"shared+{config.piece_units}" if config.shares_lists else "whole"
+    way = f"{config.block_h}heads-{config.num_groups}{how}"
+    name = f"{hostile.label(shape)}-{mutate.__name__}-{way}"
+    return pytest.param(config, shape, mutate, id=name)
 
 
 EMULATED = [
-    case(16, 1, NUM_SMS, decode_shape(1, 128, 16), hostile.plain),
-    case(32, 1, NUM_SMS, decode_shape(1, 64, 32), hostile.plain),
-    case(64, 1, NUM_SMS, decode_shape(1, 192, 64), hostile.plain),
-    case(16, 1, NUM_SMS, decode_shape(2, 1, 8, page_size=1)),
+    case(whole(16, 1), decode_shape(1, 128, 16), hostile.plain),
+    case(whole(32, 1), decode_shape(1, 64, 32), hostile.plain),
+    case(whole(64, 1), decode_shape(1, 192, 64), hostile.plain),
+    case(whole(16, 2), decode_shape(2, 1, 8, page_size=1)),
     # two tiles of heads, the second with some that do not exist
-    case(32, 1, NUM_SMS, decode_shape(2, 130, 40, seq_len_q=2, page_size=17)),
-    case(64, 1, NUM_SMS, decode_shape(3, 257, 72, page_size=7)),
+    case(whole(32, 4), decode_shape(2, 130, 40, seq_len_q=2, page_size=17)),
+    case(whole(64, 3), decode_shape(3, 257, 72, page_size=7)),
     # several pieces a program: three blocks are as many as there are stages, with two or four
     # another stage comes first in each piece, with an odd number of entries another slot
-    case(16, 1, 1, decode_shape(5, 192, 16)),
-    case(16, 1, 1, decode_shape(7, 65, 5)),
-    case(32, 1, 2, decode_shape(2, 250, 70, seq_len_q=2)),
-    case(64, 1, 1, decode_shape(6, 1, 3, page_size=3)),
-    case(16, 1, 1, decode_shape(4, 300, 8), late_keys),
-    case(16, 1, 1, decode_shape(4, 300, 8), late_low_keys),
-    case(16, 1, 2, decode_shape(9, 129, 8), shortened),
-    # splits: each one block, some of them short, several pieces a program
-    case(16, 5, NUM_SMS, decode_shape(1, 300, 20)),
-    case(32, 3, 2, decode_shape(2, 260, 40, seq_len_q=2)),
-    case(64, 2, 1, decode_shape(3, 200, 72, page_size=17)),
-    case(16, 3, 1, decode_shape(4, 300, 8), late_keys),
-    case(16, 3, 4, decode_shape(9, 129, 8), shortened),
-    # more splits than blocks
-    case(16, 4, NUM_SMS, decode_shape(1, 65, 8), hostile.plain),
+    case(whole(16, 1), decode_shape(5, 192, 16)),
+    case(whole(16, 1), decode_shape(7, 65, 5)),
+    case(whole(32, 2), decode_shape(2, 250, 70, seq_len_q=2)),
+    case(whole(64, 1), decode_shape(6, 1, 3, page_size=3)),
+    case(whole(16, 1), decode_shape(4, 300, 8), late_keys),
+    case(whole(16, 1), decode_shape(4, 300, 8), late_low_keys),
+    # lengths: groups with more lists than others, with none
+    case(whole(16, 2), decode_shape(9, 129, 8), shortened),
+    case(whole(16, 3), decode_shape(7, 300, 8), uneven),
+    # parts of lists: each one block, some of them short
+    case(shared(16, 5), decode_shape(1, 300, 20)),
+    case(shared(64, 4), decode_shape(2, 200, 72, page_size=17)),
+    # parts and whole lists, several pieces a program
+    case(shared(32, 3, 1), decode_shape(2, 260, 40, seq_len_q=2)),
+    case(shared(16, 3), decode_shape(4, 300, 8), late_keys),
+    case(shared(16, 4, 2), decode_shape(7, 190, 8)),
+    case(shared(64, 2, 3), decode_shape(5, 130, 66)),
+    # more groups than blocks, and one that has no more than a piece's units
+    case(shared(16, 4), decode_shape(1, 65, 8), hostile.plain),
+    case(shared(16, 4, 4), decode_shape(2, 120, 8)),
+    # and with lengths
+    case(shared(16, 4), decode_shape(9, 129, 8), shortened),
+    case(shared(16, 5, 2), decode_shape(7, 400, 8), uneven),
+    case(shared(32, 20, 1), decode_shape(3, 300, 40), uneven),
+    case(shared(64, 3), decode_shape(3, 200, 72, seq_len_q=2), uneven),
 ]
 
 
-@pytest.mark.parametrize(("block_h", "num_splits", "num_sms", "shape", "mutate"), EMULATED)
-def test_emulated(block_h, num_splits, num_sms, shape, mutate):
+@pytest.mark.parametrize(("config", "shape", "mutate"), EMULATED)
+def test_emulated(config, shape, mutate):
     inputs = mutate(made(shape))
-    outputs = emulate(inputs, block_h=block_h, num_splits=num_splits, num_sms=num_sms)
+    outputs = emulate(inputs, config)
     hostile.assert_right("sparse_decode", inputs, outputs)
 
 
-ways = pytest.mark.parametrize(
-    ("block_h", "num_splits"), [(16, 1), (32, 2)], ids=["1of16", "2of32"]
-)
+ways = pytest.mark.parametrize("config", [whole(16, 1), shared(32, 2)], ids=["whole", "shared"])
 
 
 @ways
 @pytest.mark.parametrize("mutate", hostile_cache.FINITE.values(), ids=hostile_cache.FINITE)
-def test_emulated_hard_numbers(mutate, block_h, num_splits):
+def test_emulated_hard_numbers(mutate, config):
     inputs = mutate(made(decode_shape(2, 150, 12)))
-    outputs = emulate(inputs, block_h=block_h, num_splits=num_splits, num_sms=1)
+    outputs = emulate(inputs, config)
     hostile.assert_right("sparse_decode", inputs, outputs)
     hostile_cache.assert_near_exact(inputs, outputs)
 
 
 @ways
 @pytest.mark.parametrize("mutate", hostile_cache.LEVELS.values(), ids=hostile_cache.LEVELS)
-def test_emulated_reference_follows_the_logits(mutate, block_h, num_splits):
+def test_emulated_reference_follows_the_logits(mutate, config):
     inputs = mutate(made(decode_shape(2, 300, 12)))
-    outputs = emulate(inputs, block_h=block_h, num_splits=num_splits, num_sms=1)
+    outputs = emulate(inputs, config)
     hostile.assert_right("sparse_decode", inputs, outputs)
     hostile_cache.assert_near_exact(inputs, outputs)
 
 
 @ways
 @pytest.mark.parametrize("part", hostile_cache.NAN_PARTS)
-def test_emulated_nan_of_a_listed_row_shows(part, block_h, num_splits):
+def test_emulated_nan_of_a_listed_row_shows(part, config):
     inputs = hostile_cache.nan_in_part(part, made(decode_shape(3, 80, 6, seq_len_q=2)))
     inputs.topk_slots[2, 1] = -1
-    outputs = emulate(inputs, block_h=block_h, num_splits=num_splits, num_sms=1)
+    outputs = emulate(inputs, config)
     hostile.assert_nan_shows("sparse_decode", inputs, outputs)
 
 
 @ways
 @pytest.mark.parametrize("mutate", [hostile.plain, late_keys], ids=["plain", "late-keys"])
-def test_emulated_inf_and_nan_spoil_their_own_head(mutate, block_h, num_splits):
+def test_emulated_inf_and_nan_spoil_their_own_head(mutate, config):
     inputs = hostile_cache.with_spoiled_heads(mutate(made(decode_shape(4, 150, 12))))
-    outputs = emulate(inputs, block_h=block_h, num_splits=num_splits, num_sms=1)
+    outputs = emulate(inputs, config)
     hostile_cache.assert_spoils_only_those_heads(inputs, outputs)
 
 
@@ -206,7 +205,8 @@ def test_emulated_inf_and_nan_spoil_their_own_head(mutate, block_h, num_splits):
 def test_emulated_whatever_is_slow(seed):
     """Each seed makes other roles slow, and lets copies and products end at other moments."""
     inputs = hostile.sparse_decode_wild(made(decode_shape(3, 300, 6), seed))
-    outputs = emulate(inputs, num_splits=1 + seed % 2, num_sms=1, seed=seed)
+    config = whole(16, 1) if seed % 2 else shared(16, 2)
+    outputs = emulate(inputs, config, seed=seed)
     hostile.assert_right("sparse_decode", inputs, outputs)
 
 
@@ -254,7 +254,7 @@ def test_planted_mistake_is_found(mistake):
 
     def is_found(seed):
         try:
-            outputs = emulate(inputs, num_sms=1, seed=seed, changes=MISTAKES[mistake])
+            outputs = emulate(inputs, whole(16, 1), seed=seed, changes=MISTAKES[mistake])
         except (Deadlock, EmulationError):
             return True
         return not hostile.passes(OPERATOR.check(inputs, outputs))
@@ -273,8 +273,8 @@ implementations = pytest.mark.parametrize("name", hostile.names("sparse_decode")
 
 def test_gpu_shapes_are_whole_and_split():
     for shape, is_split in ((WHOLE, False), (SPLIT, True)):
-        config = choose(shape.batch_size, shape.num_heads, shape.topk)
-        assert (config.num_splits > 1) == is_split
+        config = choose_config(shape.batch_size, shape.num_heads, shape.topk, NUM_SMS)
+        assert config.shares_lists == is_split
 
 
 def run_on_gpu(name, shape, mutate):
@@ -334,17 +334,21 @@ def test_inf_and_nan_spoil_their_own_head(mutate, shape, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("block_h", "num_splits"), [(h, n) for h in (16, 32, 64) for n in (1, 3, 16)]
-)
+@pytest.mark.parametrize("lengths", [hostile.plain, uneven], ids=["full", "uneven"])
+@pytest.mark.parametrize("block_h", [16, 32, 64])
+@pytest.mark.parametrize("sharing", [(1, 0, False), (3, 0, False), (3, 2, True), (13, 0, True)])
 @pytest.mark.parametrize("num_heads", [8, 40, 128])
-def test_every_configuration_is_right(num_heads, block_h, num_splits):
-    shape = gpu_shape(5, topk=1030, num_heads=num_heads)
+def test_every_configuration_is_right(num_heads, sharing, block_h, lengths):
+    shape = gpu_shape(7, topk=1030, num_heads=num_heads)
     hostile.runnable("sparse_decode", "gluon", shape)
     inputs = hostile.sparse_decode_wild(OPERATOR.make_inputs(shape, seed=6, device="cuda"))
+    inputs = lengths(inputs)
     out = torch.full((*inputs.q.shape[:3], 512), hostile.NAN, device="cuda").bfloat16()
     lse = torch.full(inputs.q.shape[:3], hostile.NAN, device="cuda")
-    config = row_decode.Fp8DecodeConfig(block_h=block_h, num_splits=num_splits)
+    num_groups, piece_units, shares_lists = sharing
+    config = Fp8DecodeConfig(
+        block_h=block_h, num_groups=num_groups, piece_units=piece_units, shares_lists=shares_lists
+    )
     row_decode.attend_fp8_rows(
         inputs.q, inputs.kv_cache, inputs.topk_slots, inputs.sm_scale, inputs.attn_sink,
         inputs.topk_lens, out, lse, config=config,

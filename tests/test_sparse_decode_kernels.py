@@ -7,7 +7,7 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from dsa_bench import registry
-from dsa_bench.kernels import row_decode, seesaw_decode, sparse_decode_gluon
+from dsa_bench.kernels import decode_config, seesaw_decode, sparse_decode_gluon
 from dsa_bench.kernels.paging import pack_mla_rows
 from dsa_bench.kernels.sparse_decode import (
     MAX_SPLITS,
@@ -94,7 +94,7 @@ def is_split(inputs):
     queries, heads = inputs.q.shape[0] * inputs.q.shape[1], inputs.q.shape[2]
     sizes = (queries, heads, inputs.topk_slots.shape[2], NUM_SMS)
     if inputs.kv_cache.dtype == torch.uint8:
-        return row_decode.choose_config(*sizes).num_splits > 1
+        return decode_config.choose_config(*sizes).shares_lists
     return seesaw_decode.choose_splits(*sizes) > 1
 
 

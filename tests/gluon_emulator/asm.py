@@ -86,6 +86,11 @@ def bf16_pair(text: str, arguments: list[Any]) -> Tensor:
     return torch.stack(arguments, -1).to(torch.bfloat16).view(torch.int32).squeeze(-1)
 
 
+def fp32_pair(text: str, arguments: list[Any]) -> Tensor:
+    """Two fp32 -> an int64 word of both, the first one low."""
+    return torch.stack(arguments, -1).view(torch.int64).squeeze(-1)
+
+
 def unchanged(text: str, arguments: list[Any]) -> Any:
     return arguments[0]
 
@@ -295,6 +300,7 @@ MODELS: dict[str, Model] = {
     "barrier.arrive": named_barrier,
     "barrier.sync": named_barrier,
     "cvt.rn.bf16x2.f32 $0, $2, $1;": bf16_pair,
+    "mov.b64 $0, {$1, $2};": fp32_pair,
     "mul.bf16x2 $0, $1, $2;": product,
     "cvt.rn.f16x2.f32 $0, high, low;": product_in_f16,
     "max.u16x2 $0, $1, bits;": larger_bits,
