@@ -50,7 +50,7 @@ from dsa_bench.kernels.sparse_prefill import (
     SparsePrefillShape,
 )
 from dsa_bench.library import Library
-from dsa_bench.operator import Implementation, Machine, Unsupported
+from dsa_bench.operator import Implementation, Machine
 
 HEADS_TAKEN = (64, 128)
 PREFILL_TOPK_MULTIPLE, DECODE_TOPK_MULTIPLE = 128, 64
@@ -134,29 +134,35 @@ def sparse_prefill(inputs: SparsePrefillInputs, /) -> SparsePrefillOutputs:
 
 @torch.no_grad()
 def sparse_decode(inputs: SparseDecodeInputs, /) -> SparseDecodeOutputs:
-    seq_len_q, heads = inputs.q.shape[1:3]
-    topk_lens = inputs.topk_lens
-    if topk_lens is not None and seq_len_q > 1:
-        raise Unsupported("FlashMLA takes one topk_lens a sequence, not one a query")
-    key = ("sparse", inputs.q.device, *inputs.q.shape, inputs.topk_slots.shape[-1])
+    batch_size, seq_len_q, heads, _ = inputs.q.shape
+    q, slots, lens = inputs.q, inputs.topk_slots, inputs.needed_lens
+    key = ("sparse", q.device, *q.shape, slots.shape[-1])
     schedule = Schedule(None, None)
-    if topk_lens is None:
+    if lens is None:
         # with lengths of its own a call has a schedule of its own
         schedule = _schedules.get(key, schedule)
+    else:
+        # theirs are one a sequence and not above topk; a query may be a sequence of its own, for
+        # slots are those of the whole cache
+        q, slots = q.flatten(0, 1).unsqueeze(1), slots.flatten(0, 1).unsqueeze(1)
+        lens = lens.flatten().clamp(0, slots.shape[-1])
     out, lse, *made = ops().sparse_decode_fwd(
-        _pad_heads(inputs.q),
+        _pad_heads(q),
         inputs.kv_cache.unsqueeze(2),
-        inputs.topk_slots,
-        None if topk_lens is None else topk_lens.flatten(),
+        slots,
+        lens,
         _pad_sink(inputs.attn_sink),
         *schedule,
         None, None, None,
         512,
         inputs.sm_scale,
     )  # fmt: skip
-    if topk_lens is None:
+    if lens is None:
         _schedules[key] = Schedule(*made)
-    return SparseDecodeOutputs(out[:, :, :heads], lse.transpose(1, 2)[:, :, :heads])
+    return SparseDecodeOutputs(
+        out[:, :, :heads].reshape(batch_size, seq_len_q, heads, -1),
+        lse.transpose(1, 2)[:, :, :heads].reshape(batch_size, seq_len_q, heads),
+    )
 
 
 @cache

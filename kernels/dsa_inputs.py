@@ -136,7 +136,12 @@ class DsaDecodeInputs:
         )
 
     def attention_inputs(self, topk_slots: Tensor) -> SparseDecodeInputs:
-        return SparseDecodeInputs(self.q, self.kv_cache, topk_slots, self.sm_scale)
+        """A sequence of fewer than topk tokens lists them all and then -1: lengths say how many.
+        Among several it is to take less time than the others; a single one has none to spare."""
+        lens = self.seq_lens if self.seq_lens.numel() > 1 else None
+        return SparseDecodeInputs(
+            self.q, self.kv_cache, topk_slots, self.sm_scale, topk_lens=lens, is_padded=True
+        )
 
     def select(self, rows: Tensor) -> "DsaDecodeInputs":
         """The same caches, only the sequences in `rows`."""

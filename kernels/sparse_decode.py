@@ -11,7 +11,8 @@ Shapes:
     kv_cache    [num_pages, page_size, 656] uint8, or [num_pages, page_size, 576] bf16
     topk_slots  [batch_size, seq_len_q, topk]            int32  page · page_size + offset
     attn_sink   [num_heads] or None                      fp32
-    topk_lens   [batch_size, seq_len_q] or None          int32  used entries of an index row
+    topk_lens   [batch_size, seq_len_q] or None          int32  used entries of an index row; a
+                                                                length above topk counts as topk
     out         [batch_size, seq_len_q, num_heads, 512]  bf16
     lse         [batch_size, seq_len_q, num_heads]       fp32   natural logarithm
 
@@ -146,6 +147,13 @@ class SparseDecodeInputs:
     sm_scale: float
     attn_sink: Tensor | None = None
     topk_lens: Tensor | None = None
+    is_padded: bool = False
+    """Whether all entries behind topk_lens are -1: then lengths only say what may be left out."""
+
+    @property
+    def needed_lens(self) -> Tensor | None:
+        """topk_lens, for who does no less where lists are shorter; None if the slots say it all."""
+        return None if self.is_padded else self.topk_lens
 
 
 class SparseDecodeOutputs(NamedTuple):
@@ -297,7 +305,8 @@ def memory(shape: SparseDecodeShape) -> Memory:
         + 2 * heads * HEAD_DIM_QK
         + 4 * shape.queries * shape.topk,
         output_bytes=heads * (2 * HEAD_DIM_V + 4),
-        workspace_bytes=min(MAX_SPLITS * heads, PARTIAL_ROWS) * (HEAD_DIM_V + 1) * 4,
+        # Gluon's fp8 kernel has two places for each group that shares lists
+        workspace_bytes=min(2 * MAX_SPLITS * heads, PARTIAL_ROWS) * (HEAD_DIM_V + 1) * 4,
     )
 
 

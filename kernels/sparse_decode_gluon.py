@@ -55,13 +55,15 @@ def sparse_decode(
 
 
 def run(inputs: SparseDecodeInputs) -> SparseDecodeOutputs:
+    # the kernel for bf16 rows goes through all blocks whatever the lengths
+    is_fp8 = inputs.kv_cache.dtype == torch.uint8
     return sparse_decode(
         inputs.q,
         inputs.kv_cache,
         inputs.topk_slots,
         sm_scale=inputs.sm_scale,
         attn_sink=inputs.attn_sink,
-        topk_lens=inputs.topk_lens,
+        topk_lens=inputs.topk_lens if is_fp8 else inputs.needed_lens,
     )
 
 

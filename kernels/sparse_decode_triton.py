@@ -233,7 +233,7 @@ def run(inputs: SparseDecodeInputs) -> SparseDecodeOutputs:
         inputs.topk_slots,
         sm_scale=inputs.sm_scale,
         attn_sink=inputs.attn_sink,
-        topk_lens=inputs.topk_lens,
+        topk_lens=inputs.needed_lens,
     )
 
 

@@ -4,6 +4,7 @@ A fake computes the answer from exactly what it was handed and lays it out as th
 that a wrong order, a missing transpose or a lost argument is a wrong number here.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -49,6 +50,8 @@ class FakeFlashMla:
         assert (k2, i2, l2, d_v) == (None, None, None, 512)
         self.schedules_seen.append(metadata)
         lens = None if topk_length is None else topk_length[:, None]
+        if lens is not None:
+            assert q.shape[1] == 1 and lens.min() >= 0 and lens.max() <= indices.shape[-1]
         inputs = sparse_decode.SparseDecodeInputs(q, kv[:, :, 0], indices, sm_scale, sink, lens)
         out, lse = sparse_decode.reference(inputs)
         return out, lse.transpose(1, 2), "made", "splits"
@@ -111,10 +114,29 @@ def test_flash_mla_decode_keeps_the_schedule_of_a_shape(
     assert fake_mla.schedules_seen == [None, "made"]
 
 
-def test_flash_mla_decode_makes_a_schedule_for_lengths_each_time(fake_mla) -> None:
-    shape = sparse_decode.SparseDecodeShape(batch_size=2, seq_len_kv=100, topk=64)
+def test_flash_mla_decode_leaves_lengths_aside_that_say_nothing_new(fake_mla) -> None:
+    shape = sparse_decode.SparseDecodeShape(batch_size=2, seq_len_kv=100, topk=64, seq_len_q=2)
     made = sparse_decode.make_inputs(shape, seed=1, device="cpu")
-    for lens in ([[3], [64]], [[64], [0]]):
+    lens = torch.tensor([[3, 100], [64, 0]], dtype=torch.int32)
+    slots = made.topk_slots.masked_fill(torch.arange(64) >= lens[..., None], -1)
+    for _ in range(2):
+        inputs = dataclasses.replace(made, topk_slots=slots, topk_lens=lens, is_padded=True)
+        outputs = flash_mla.sparse_decode(inputs)
+        assert all(c.passed for c in sparse_decode.check(inputs, outputs))
+    assert fake_mla.schedules_seen == [None, "made"]
+
+
+@pytest.mark.parametrize(
+    "all_lens",
+    [([[3], [64]], [[64], [0]]), ([[3, 2**31 - 1, 0], [64, 65, -1]], [[1, 2, 3], [4, 5, 6]])],
+    ids=["one-token", "three-tokens"],
+)
+def test_flash_mla_decode_makes_a_schedule_for_lengths_each_time(fake_mla, all_lens) -> None:
+    shape = sparse_decode.SparseDecodeShape(
+        batch_size=2, seq_len_kv=100, topk=64, seq_len_q=len(all_lens[0][0]), num_heads=16
+    )
+    made = sparse_decode.make_inputs(shape, seed=1, device="cpu")
+    for lens in all_lens:
         inputs = sparse_decode.SparseDecodeInputs(
             made.q,
             made.kv_cache,

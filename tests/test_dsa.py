@@ -128,6 +128,27 @@ def test_decode_of_the_last_token_is_the_last_row_of_prefill():
     assert lse.passed, lse
 
 
+@pytest.mark.parametrize("seq_len_q", [1, 3])
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_attention_of_decode_is_told_how_many_keys_are_listed(name, seq_len_q):
+    """Sequences of 400, and of fewer tokens than topk; of a single query it is not told."""
+    shape = decode_shape(
+        batch_size=4, seq_len_q=seq_len_q, seq_len_kv=400, topk=40, lengths="one-long"
+    )
+    stages = dsa.reference_stages("decode")
+    if name == "torch":
+        stages["topk"] = registry.implementation("topk", name)
+    inputs = make_inputs(shape)
+    listed = dsa.select_decode(inputs, stages).topk_indices >= 0
+    attention = inputs.attention_inputs(torch.empty(0))
+    lens = attention.topk_lens.clamp(max=40)
+    assert lens.min() < 40 and lens.max() == 40
+    assert torch.equal(listed, torch.arange(40) < lens[..., None])
+    assert attention.is_padded and attention.needed_lens is None
+    one = make_inputs(decode_shape(batch_size=1, seq_len_q=1))
+    assert one.attention_inputs(torch.empty(0)).topk_lens is None
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inputs_make_the_indexer_look_where_attention_looks(shape):
     """Twice the mass that as many random keys would keep."""
