@@ -53,11 +53,12 @@ def check_schema(text: object, expected: str) -> None:
     found_name, _, found_number = str(text).rpartition("@")
     if found_name != name or not found_number.isdigit():
         raise SchemaError(
-            f"schema must be {expected}, got {text!r} (is this a dsa-bench run folder?)"
+            f"schema must be {expected}, got {shown(text)} (is this a dsa-bench run folder?)"
         )
     if int(found_number) > int(number):
         raise SchemaError(
-            f"written by schema {text}, this dsa-bench reads up to {expected} (upgrade dsa-bench)"
+            f"written by schema {shown(text)}, this dsa-bench reads up to {expected}"
+            " (upgrade dsa-bench)"
         )
 
 

@@ -197,7 +197,10 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         ('{"schema": "dsa-be', "run.json isn't JSON"),
         ("[]", "run.json must hold a JSON object"),
         ("{}", "run.json: schema must be dsa-bench/run@1, got None"),
-        ('{"schema": "dsa-bench/run@2"}', "run.json: written by schema dsa-bench/run@2, .*upgrade"),
+        (
+            '{"schema": "dsa-bench/run@2"}',
+            "run.json: written by schema 'dsa-bench/run@2', .*upgrade",
+        ),
     ],
 )
 def test_bad_headers(folder: Path, text: str, message: str) -> None:
@@ -213,6 +216,9 @@ def test_bad_headers(folder: Path, text: str, message: str) -> None:
         ("[]", "records.jsonl:2: isn't a record"),
         ('{"schema": "dsa-bench/record@1"}', "records.jsonl:2: isn't a record: case is missing"),
         ('{"schema": "dsa-bench/record@9"}', "records.jsonl:2: written by schema .*upgrade"),
+        # quoted in short, whatever its length
+        (f'{{"schema": "{"A" * 10**5}"}}', r"schema must be dsa-bench/record@1, got 'A{36}\.\.\. "),
+        (f'{{"schema": "dsa-bench/record@{"9" * 3000}"}}', r"'dsa-bench/record@9+\.\.\., this"),
     ],
 )
 def test_bad_lines_name_file_and_line(folder: Path, line: str, message: str) -> None:
