@@ -153,8 +153,13 @@ def headline(table: pd.DataFrame, found: Sequence[Crossover], run_label: str) ->
             text, used = _sentence(contest, asked, mine)
             texts, others = _less_exact(contest, asked, mine)
             against = beside.sentences(contest, asked, [c.axes for c in used])
-            sentences += [text, *against, *texts]
-            chosen += [*used, *others]
+            losing = [c for line in used for c in _losing_batches(line, mine)]
+            told = [
+                f"With {naming.axis_text('lengths', c.axes['lengths'])} {where(c)} it {verdict(c)}."
+                for c in losing
+            ]
+            sentences += [text, *told, *against, *texts]
+            chosen += [*used, *losing, *others]
     sentences[0] = f"On {run_label}, {sentences[0][0].lower()}{sentences[0][1:]}"
     if any(c.flagged for c in chosen):
         sentences.append("Some of these times carry a doubt flag: see the table.")
@@ -178,6 +183,23 @@ def _sentence(
     ]
     text = "; ".join(clauses)
     return f"{text[:1].upper()}{text[1:]}.", [c for c in chosen.values() if c is not None]
+
+
+def _losing_batches(line: Crossover, found: Sequence[Crossover]) -> list[Crossover]:
+    """The same line over batches of other lengths, where sparse is faster only from a longer L."""
+
+    def rest(c: Crossover) -> dict[str, object]:
+        return {axis: value for axis, value in c.axes.items() if axis != "lengths"}
+
+    same = [c for c in found if c.is_compared and c is not line and rest(c) == rest(line)]
+    return [c for c in same if _first_faster(c) > _first_faster(line)]
+
+
+def _first_faster(c: Crossover) -> float:
+    """L from which sparse is faster at every longer measured L: 0 at all of them, ∞ at none."""
+    if c.outcome == "crosses":
+        return c.seq_len_kv or 0.0
+    return 0.0 if c.last_speedup > 1 else math.inf
 
 
 def _less_exact(

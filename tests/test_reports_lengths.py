@@ -85,6 +85,11 @@ def test_the_headline_is_of_equal_lengths_where_there_are_such() -> None:
     (said,) = report("one-long", "spread", "equal").headlines
     assert "in decode at batch 32 DSA (k=2048, bf16) beats dense attention (flash_mla" in said
     assert "is 4.00× as fast at 16K" in said  # noqa: RUF001
+    assert "spread" not in said
+    assert (
+        "With one-long lengths in decode at batch 32 it does not beat dense attention"
+        " (flash_mla, bf16) up to L = 16K, where it runs at 0.800× the speed of dense."  # noqa: RUF001
+    ) in said
     (said,) = report("one-long").headlines
     assert "DSA (k=2048, bf16, one-long lengths) does not beat dense attention" in said
 
