@@ -23,7 +23,7 @@ Source: DeepSeek-V3.2 report, section 2.1; chunking of the logits as in vLLM and
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -308,7 +308,8 @@ def check(
         slots = page_slots.reference(
             page_slots.PageSlotsInputs(outputs.topk_indices, inputs.block_table, inputs.page_size)
         ).topk_slots
-        decode_inputs = inputs.attention_inputs(slots)
+        # all that is listed counts, in whatever order: lengths must not hide what is selected
+        decode_inputs = replace(inputs.attention_inputs(slots), topk_lens=None)
         attended, plain = (f(decode_inputs) for f in (sparse_decode.reference, sparse_decode.plain))
     actual = sparse_decode.SparseDecodeOutputs(outputs.out, outputs.lse)
     return (

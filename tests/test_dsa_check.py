@@ -20,6 +20,21 @@ def test_check_passes_the_reference_rounded_to_bf16(shape):
         assert check.passed, check
 
 
+def test_lengths_do_not_hide_what_is_selected():
+    """A selector that puts -1 first: attention that looks only as far as a list is long misses
+    keys, and is wrong."""
+    shape = decode_shape(batch_size=4, seq_len_kv=400, topk=40, lengths="one-long")
+    inputs = make_inputs(shape)
+    stages = dsa.reference_stages("decode")
+    right = in_bf16(dsa.run_decode(inputs, stages))
+    turned = right.topk_indices.flip(-1)
+    assert all(c.passed for c in OPERATOR.check(inputs, right._replace(topk_indices=turned)))
+    wrong = in_bf16(dsa.run_decode(inputs, stages, topk_indices=turned))
+    assert (wrong.out - right.out).abs().max() > 0.1
+    failed = {c.name for c in OPERATOR.check(inputs, wrong) if not c.passed}
+    assert {"out", "lse"} <= failed
+
+
 def _with_indices(change):
     """Outputs that are right for the selection that was made; the selection is changed."""
 
