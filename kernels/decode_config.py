@@ -31,7 +31,8 @@ PARTIAL_BYTES_PER_MICROSECOND = 3e6
 UNEVEN_MICROSECONDS = 1.0
 """More where some groups have more pieces than others: 48 queries of 16 heads take 37.7 µs by 96
 equal pieces, 39.7 by 163."""
-PIECE_UNITS = (0, 1, 2, 3, 4, 6)
+PIECE_UNITS_TRIED = (0, 1, 2, 3, 4, 6)
+"""A piece costs as much as 3 to 6 blocks; with fewer units stretches may end where lists do."""
 MOST_SHARED = 4
 """Lists are not shared where a group has more: at most a fifth would be gained."""
 
@@ -41,6 +42,7 @@ class Fp8DecodeConfig:
     block_h: int
     """Heads of a program: 16, 32 or 64."""
     num_groups: int
+    """At most: `divide` leaves out those whose stretch would begin behind all lists."""
     piece_units: int = 0
     shares_lists: bool = True
     """Whether a list may be in several pieces."""
@@ -53,7 +55,7 @@ class Division:
     share: int
     """Units of a group's stretch."""
     num_groups: int
-    """Those that have work."""
+    """Those whose stretch begins on the line; one that has piece_units alone has nothing to do."""
     loads: frozenset[tuple[int, int]]
     """(blocks, pieces) that some group has."""
     most_parts: int
@@ -129,9 +131,9 @@ def _candidates(
         if num_queries > MOST_SHARED * most:
             continue
         most = min(most, num_queries * min(blocks, MAX_SPLITS), PARTIAL_ROWS // (2 * num_heads))
-        for piece_units in PIECE_UNITS:
+        for piece_units in PIECE_UNITS_TRIED:
             units = num_queries * (piece_units + blocks)
-            # fewer groups, as long as few are idle
+            # as many groups as there may be, down to two thirds
             least = -(-units // max(most, 1))
             for share in range(least, least * 3 // 2 + 1, max(least // 32, 1)):
                 yield Fp8DecodeConfig(

@@ -57,9 +57,9 @@ def list_length(arguments, row):
 def piece_of(arguments, row):
     """The group's piece of a list. Only when the launch before has ended.
 
-    A group has at most two pieces that are not whole: the end of a list, which has the group's
-    place behind all groups', and the beginning of one, which has the group's own. So the parts of a
-    list are at its first group's place and behind, at those of the groups that follow.
+    A group has at most two pieces that are not whole: one that does not begin its list, which has
+    the group's place behind all groups', and one that does, which has the group's own. So the parts
+    of a list are at its first group's place and behind, at those of the groups that follow.
     """
     first = row * 0
     end = first + arguments.NUM_BLOCKS
@@ -98,6 +98,7 @@ def keys_of(arguments, row, piece):
     length = list_length(arguments, row) - begin
     if arguments.HAS_LENS:
         length = gl.where(piece.num_blocks > 0, length, 0)
+    # how many steps there are, `steps_of` says
     return KeyList(
         arguments.slots_ptr + row.to(gl.int64) * arguments.topk + begin,
         length, arguments.num_slots, 0, arguments.IS_RAGGED,

@@ -1,8 +1,8 @@
 """Sparse decode over a cache of 656-byte rows, for Hopper in Gluon: three roles in four warpgroups.
 
-A program is launched for each SM, for 16, 32 or 64 of the heads. It does one piece of work after
-the other: a query with all keys of its list, or with some of them where the list is shared with
-other programs (`decode_config.py` says how). A piece goes through its keys in blocks of 64:
+At most one program is launched for each SM, for a tile of 16, 32 or 64 heads. It does one piece of
+work after the other: a query with all keys of its list, or with some of them where other programs
+share the list (`decode_config.py` says how). A piece goes through its keys in blocks of 64:
 
     loader  4 warps   gathers the listed rows as they are into a ring of blocks, and the next query
     scores  4 warps   S = K·Qᵀ, weights P = 2^(S - reference) → ring of weights, and where the

@@ -152,7 +152,7 @@ class SparseDecodeInputs:
 
     @property
     def needed_lens(self) -> Tensor | None:
-        """topk_lens, for who does no less where lists are shorter; None if the slots say it all."""
+        """topk_lens, for who gains nothing by it or pays for it; None if the slots say it all."""
         return None if self.is_padded else self.topk_lens
 
 

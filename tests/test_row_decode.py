@@ -1,5 +1,6 @@
 """The kernel of sparse decode over 656-byte rows: its configuration, emulated and on a GPU."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from triton.runtime.jit import mangle_type
 
 from dsa_bench.kernels import row_decode
-from dsa_bench.kernels.decode_config import Fp8DecodeConfig, choose_config
+from dsa_bench.kernels.decode_config import Fp8DecodeConfig, choose_config, divide
 from dsa_bench.kernels.sparse_decode import OPERATOR, SparseDecodeOutputs, SparseDecodeShape
 from tests import hostile, hostile_cache
 from tests.gluon_emulator import Deadlock, EmulationError, emulated_gluon
@@ -29,9 +30,11 @@ def merge_plainly(parts, attn_sink, out, lse):
     """`combine_parts` in torch, for that is a Triton kernel, which its interpreter alone runs."""
     outs, lses = out.flatten(0, 1), lse.flatten(0, 1)
     num_groups = parts.out.shape[0] // 2
+    counts = []
     for query in range(lses.shape[0]):
         begin = query * (parts.piece_units + parts.num_blocks) + parts.piece_units
         groups = range(begin // parts.share, (begin + parts.num_blocks - 1) // parts.share + 1)
+        counts.append(len(groups))
         if len(groups) == 1:
             continue
         places = [groups[0], *(num_groups + group for group in groups[1:])]
@@ -43,6 +46,7 @@ def merge_plainly(parts, attn_sink, out, lse):
             total = torch.logaddexp(total, attn_sink.double())
         weights = torch.exp(logs - total).masked_fill(is_empty, 0.0)[..., None]
         outs[query] = (weights * parts.out[places]).sum(0)
+    assert parts.most_parts == max(counts)
 
 
 def emulate(inputs, config, *, seed=0, changes=None):
@@ -111,6 +115,10 @@ def shared(block_h, num_groups, piece_units=0):
     return Fp8DecodeConfig(block_h=block_h, num_groups=num_groups, piece_units=piece_units)
 
 
+def division(config, shape):
+    return divide(shape.queries, -(-shape.topk // 64), config)
+
+
 def case(config, shape, mutate=hostile.sparse_decode_wild):
     how = f"shared+{config.piece_units}" if config.shares_lists else "whole"
     way = f"{config.block_h}heads-{config.num_groups}{how}"
@@ -137,33 +145,47 @@ EMULATED = [
     # lengths: groups with more lists than others, with none
     case(whole(16, 2), decode_shape(9, 129, 8), shortened),
     case(whole(16, 3), decode_shape(7, 300, 8), uneven),
-    # parts of lists: each one block, some of them short
+    # parts of lists: each one block, some of them short; each two, which the kernel is told
     case(shared(16, 5), decode_shape(1, 300, 20)),
     case(shared(64, 4), decode_shape(2, 200, 72, page_size=17)),
+    case(shared(16, 2), decode_shape(1, 250, 8), hostile.plain),
     # parts and whole lists, several pieces a program
     case(shared(32, 3, 1), decode_shape(2, 260, 40, seq_len_q=2)),
     case(shared(16, 3), decode_shape(4, 300, 8), late_keys),
     case(shared(16, 4, 2), decode_shape(7, 190, 8)),
-    case(shared(64, 2, 3), decode_shape(5, 130, 66)),
-    # more groups than blocks, and one that has no more than a piece's units
+    case(shared(64, 3, 1), decode_shape(5, 130, 66)),
+    # more groups than blocks
     case(shared(16, 4), decode_shape(1, 65, 8), hostile.plain),
-    case(shared(16, 4, 4), decode_shape(2, 120, 8)),
     # and with lengths
     case(shared(16, 4), decode_shape(9, 129, 8), shortened),
     case(shared(16, 5, 2), decode_shape(7, 400, 8), uneven),
     case(shared(32, 20, 1), decode_shape(3, 300, 40), uneven),
-    case(shared(64, 3), decode_shape(3, 200, 72, seq_len_q=2), uneven),
+    case(shared(64, 5), decode_shape(3, 200, 72, seq_len_q=2), uneven),
 ]
 
 
 @pytest.mark.parametrize(("config", "shape", "mutate"), EMULATED)
 def test_emulated(config, shape, mutate):
+    assert (division(config, shape).num_partial > 0) == config.shares_lists
     inputs = mutate(made(shape))
     outputs = emulate(inputs, config)
     hostile.assert_right("sparse_decode", inputs, outputs)
 
 
-ways = pytest.mark.parametrize("config", [whole(16, 1), shared(32, 2)], ids=["whole", "shared"])
+def test_emulated_group_without_work():
+    """Its stretch is no longer than what stands before a list for a piece's cost."""
+    config, shape = shared(16, 4, 4), decode_shape(2, 120, 8)
+    assert (0, 0) in division(config, shape).loads
+    inputs = hostile.sparse_decode_wild(made(shape))
+    hostile.assert_right("sparse_decode", inputs, emulate(inputs, config))
+
+
+ways = pytest.mark.parametrize("config", [whole(16, 1), shared(32, 5, 2)], ids=["whole", "shared"])
+
+
+def test_shared_way_shares_the_lists_of_all_shapes():
+    for queries, topk in ((2, 150), (2, 300), (6, 80), (4, 150)):
+        assert divide(queries, -(-topk // 64), shared(32, 5, 2)).num_partial > 0
 
 
 @ways
@@ -262,19 +284,67 @@ def test_planted_mistake_is_found(mistake):
     assert any(is_found(seed) for seed in range(4))
 
 
+def with_place(place):
+    """`piece_of` whose partial results go there."""
+
+    def change(real):
+        def piece_of(arguments, row):
+            piece = copy.copy(real(arguments, row))
+            piece.place = place(piece.place)
+            return piece
+
+        return piece_of
+
+    return change
+
+
+MISTAKES_OF_PIECES = {
+    "parts-at-one-place": {"decode_outputs.piece_of": with_place(lambda place: place.clamp(max=1))},
+    "sums-at-one-place": {"decode_scores.piece_of": with_place(lambda place: place.clamp(max=1))},
+    "a-part-taken-for-whole": {"decode_scores.WHOLE": lambda _: 0},
+    "a-block-too-many": {
+        "decode_outputs.steps_of": lambda _: lambda arguments, piece: piece.num_blocks + 1
+    },
+    "nothing-has-no-block": {
+        "decode_loader.steps_of": lambda _: lambda arguments, piece: piece.num_blocks
+    },
+    "lists-left-out": {"decode_loader.has_piece": lambda _: lambda arguments, row: row < 2},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_OF_PIECES)
+def test_planted_mistake_of_pieces_is_found(mistake):
+    config, shape = shared(16, 3, 1), decode_shape(5, 300, 6)
+    found = division(config, shape)
+    assert found.num_partial > 0 and found.num_whole > 0
+    inputs = uneven(hostile.sparse_decode_wild(made(shape)))
+    try:
+        outputs = emulate(inputs, config, changes=MISTAKES_OF_PIECES[mistake])
+    except (Deadlock, EmulationError):
+        return
+    assert not hostile.passes(OPERATOR.check(inputs, outputs))
+
+
 def gpu_shape(batch_size, *, topk=2048, num_heads=128):
     return SparseDecodeShape(batch_size=batch_size, seq_len_kv=4096, topk=topk, num_heads=num_heads)
 
 
-WHOLE, SPLIT = gpu_shape(132, topk=300, num_heads=16), gpu_shape(4)
-shapes = pytest.mark.parametrize("shape", [WHOLE, SPLIT], ids=["whole", "split"])
+GPU_SHAPES = {
+    "whole": gpu_shape(132, topk=300, num_heads=16),
+    "split": gpu_shape(4),
+    "mixed": gpu_shape(140, topk=300, num_heads=16),
+}
+shapes = pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
 implementations = pytest.mark.parametrize("name", hostile.names("sparse_decode"))
 
 
-def test_gpu_shapes_are_whole_and_split():
-    for shape, is_split in ((WHOLE, False), (SPLIT, True)):
-        config = choose_config(shape.batch_size, shape.num_heads, shape.topk, NUM_SMS)
-        assert config.shares_lists == is_split
+def test_gpu_shapes_are_what_they_are_called():
+    for name, shape in GPU_SHAPES.items():
+        config = choose_config(shape.queries, shape.num_heads, shape.topk, NUM_SMS)
+        found = division(config, shape)
+        assert (found.num_partial > 0) == (name != "whole")
+        assert (found.num_whole > 0) == (name != "split")
+        assert found.is_one_piece == (name != "mixed")
 
 
 def run_on_gpu(name, shape, mutate):

@@ -94,7 +94,8 @@ def is_split(inputs):
     queries, heads = inputs.q.shape[0] * inputs.q.shape[1], inputs.q.shape[2]
     sizes = (queries, heads, inputs.topk_slots.shape[2], NUM_SMS)
     if inputs.kv_cache.dtype == torch.uint8:
-        return decode_config.choose_config(*sizes).shares_lists
+        config = decode_config.choose_config(*sizes)
+        return decode_config.divide(queries, -(-sizes[2] // 64), config).num_partial > 0
     return seesaw_decode.choose_splits(*sizes) > 1
 
 
