@@ -36,7 +36,8 @@ class Parts:
         return self.most_parts * self.share == self.piece_units + self.num_blocks
 
 
-@triton.jit
+# so that batches of other sizes are not compiled anew
+@triton.jit(do_not_specialize=["num_groups", "share", "piece_units", "num_blocks", "most_parts"])
 def _combine_parts_kernel(
     partial_out_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr,
     num_groups, share, piece_units, num_blocks, most_parts,
