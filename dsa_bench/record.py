@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,15 +51,15 @@ class SchemaError(ValueError):
 def check_schema(text: object, expected: str) -> None:
     """Raise SchemaError unless `text` is `expected` or an older number of the same schema."""
     name, _, number = expected.rpartition("@")
-    found_name, _, found_number = str(text).rpartition("@")
-    if found_name != name or not found_number.isdigit():
+    # of few digits: int() refuses those of other scripts, and more than 4300
+    found = re.fullmatch(rf"{re.escape(name)}@([0-9]{{1,9}})", str(text))
+    if found is None:
         raise SchemaError(
             f"schema must be {expected}, got {shown(text)} (is this a dsa-bench run folder?)"
         )
-    if int(found_number) > int(number):
+    if int(found[1]) > int(number):
         raise SchemaError(
-            f"written by schema {shown(text)}, this dsa-bench reads up to {expected}"
-            " (upgrade dsa-bench)"
+            f"written by schema {text}, this dsa-bench reads up to {expected} (upgrade dsa-bench)"
         )
 
 

@@ -199,7 +199,7 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         ("{}", "run.json: schema must be dsa-bench/run@1, got None"),
         (
             '{"schema": "dsa-bench/run@2"}',
-            "run.json: written by schema 'dsa-bench/run@2', .*upgrade",
+            "run.json: written by schema dsa-bench/run@2, .*upgrade",
         ),
     ],
 )
@@ -216,9 +216,10 @@ def test_bad_headers(folder: Path, text: str, message: str) -> None:
         ("[]", "records.jsonl:2: isn't a record"),
         ('{"schema": "dsa-bench/record@1"}', "records.jsonl:2: isn't a record: case is missing"),
         ('{"schema": "dsa-bench/record@9"}', "records.jsonl:2: written by schema .*upgrade"),
+        ('{"schema": "dsa-bench/record@²"}', r"2: schema must be dsa-bench/record@1, got .*\\xb2"),
         # quoted in short, whatever its length
         (f'{{"schema": "{"A" * 10**5}"}}', r"schema must be dsa-bench/record@1, got 'A{36}\.\.\. "),
-        (f'{{"schema": "dsa-bench/record@{"9" * 3000}"}}', r"'dsa-bench/record@9+\.\.\., this"),
+        (f'{{"schema": "dsa-bench/record@{"9" * 5000}"}}', r"2: schema must be .*@9+\.\.\. \(is"),
     ],
 )
 def test_bad_lines_name_file_and_line(folder: Path, line: str, message: str) -> None:
