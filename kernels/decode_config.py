@@ -69,6 +69,12 @@ class Division:
         """Whether each group has one piece."""
         return all(pieces == 1 for _, pieces in self.loads)
 
+    @property
+    def even_blocks(self) -> int:
+        """Blocks of each group's only piece, where all have as many; else 0."""
+        ((blocks, pieces), *others) = self.loads
+        return blocks if pieces == 1 and not others else 0
+
 
 @lru_cache(maxsize=4096)
 def divide(num_queries: int, blocks: int, config: Fp8DecodeConfig) -> Division:
@@ -120,7 +126,7 @@ def choose_config(num_queries: int, num_heads: int, topk: int, num_sms: int) -> 
 def _candidates(
     sizes: list[int], num_queries: int, num_heads: int, blocks: int, num_sms: int
 ) -> Iterator[Fp8DecodeConfig]:
-    """First those of whole lists."""
+    """Ways to try: whole lists for each size of program, then shared ones."""
     most_groups = {h: max(num_sms // -(-num_heads // h), 1) for h in sizes}
     for block_h, most in most_groups.items():
         lists = -(-num_queries // most)

@@ -155,43 +155,39 @@ def _store_output(arguments, row, factor, even0, odd0, even1, odd1):
     place = piece_of(arguments, row).place
     if arguments.HAS_PARTS and arguments.HAS_WHOLE:
         if place == WHOLE:
-            _store_whole(arguments, row, factor, even0, odd0, 0)
-            _store_whole(arguments, row, factor, even1, odd1, HALF_PAIRS)
+            _store_columns(arguments, row, factor, even0, odd0, even1, odd1, IS_PART=False)
         else:
-            _store_part(arguments, place, factor, even0, odd0, 0)
-            _store_part(arguments, place, factor, even1, odd1, HALF_PAIRS)
+            _store_columns(arguments, place, factor, even0, odd0, even1, odd1, IS_PART=True)
     elif arguments.HAS_PARTS:
-        _store_part(arguments, place, factor, even0, odd0, 0)
-        _store_part(arguments, place, factor, even1, odd1, HALF_PAIRS)
+        _store_columns(arguments, place, factor, even0, odd0, even1, odd1, IS_PART=True)
     else:
-        _store_whole(arguments, row, factor, even0, odd0, 0)
-        _store_whole(arguments, row, factor, even1, odd1, HALF_PAIRS)
+        _store_columns(arguments, row, factor, even0, odd0, even1, odd1, IS_PART=False)
 
 
 @gluon.jit
-def _store_part(arguments, place, factor, even, odd, FIRST: gl.constexpr):
-    """Two fp32 a pair."""
-    words = gl.inline_asm_elementwise(
-        "mov.b64 $0, {$1, $2};", "=l,f,f", [even * factor[None, :], odd * factor[None, :]],
-        dtype=gl.int64, is_pure=True, pack=1,
-    )  # fmt: skip
-    _store_pairs(arguments, arguments.partial_out_ptr, place, words, FIRST)
+def _store_columns(arguments, row, factor, even0, odd0, even1, odd1, IS_PART: gl.constexpr):
+    """Both halves; `row` is a place where it is a part."""
+    _store_pairs(arguments, row, even0 * factor[None, :], odd0 * factor[None, :], 0, IS_PART)
+    _store_pairs(
+        arguments, row, even1 * factor[None, :], odd1 * factor[None, :], HALF_PAIRS, IS_PART
+    )
 
 
 @gluon.jit
-def _store_whole(arguments, row, factor, even, odd, FIRST: gl.constexpr):
-    """Two bf16 a pair."""
-    words = gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even * factor[None, :], odd * factor[None, :]],
-        dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-    _store_pairs(arguments, arguments.out_ptr, row, words, FIRST)
-
-
-@gluon.jit
-def _store_pairs(arguments, ptr, row, words, FIRST: gl.constexpr):
-    """[pairs of a half, heads] -> their places in rows of [num_heads, 256]; eight lanes write one
-    head."""
+def _store_pairs(arguments, row, even, odd, FIRST: gl.constexpr, IS_PART: gl.constexpr):
+    """[pairs of a half, heads], of two fp32 if it is a part, else of two bf16, -> rows of
+    [num_heads, 256] pairs; eight lanes write one head."""
+    if IS_PART:
+        ptr = arguments.partial_out_ptr
+        words = gl.inline_asm_elementwise(
+            "mov.b64 $0, {$1, $2};", "=l,f,f", [even, odd], dtype=gl.int64, is_pure=True, pack=1
+        )
+    else:
+        ptr = arguments.out_ptr
+        words = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
     OUTPUT: gl.constexpr = products(arguments.BLOCK_H, OUTPUT_WARPS)
     offs_h = gl.arange(0, arguments.BLOCK_H, gl.SliceLayout(0, OUTPUT))
     offs_d = FIRST + gl.arange(0, HALF_PAIRS, gl.SliceLayout(1, OUTPUT))

@@ -98,9 +98,6 @@ def attend_fp8_rows(
     num_blocks = -(-topk // BLOCK_KV)
     division = divide(queries, num_blocks, config)
     has_parts = division.num_partial > 0
-    even_blocks = 0
-    if division.is_one_piece and len(division.loads) == 1:
-        ((even_blocks, _),) = division.loads
     # where there are none, nobody looks at them
     partial_out, partial_lse = out, lse
     if has_parts:
@@ -121,7 +118,7 @@ def attend_fp8_rows(
         HEADS_MASKED=num_heads % config.block_h != 0,
         HAS_PARTS=has_parts, HAS_WHOLE=division.num_whole > 0,
         IS_ONE_PIECE=division.is_one_piece,
-        EVEN_BLOCKS=even_blocks if topk_lens is None else 0,
+        EVEN_BLOCKS=division.even_blocks if topk_lens is None else 0,
         LETS_NEXT=has_parts and may_overlap(lse.numel()),
         OUTPUT_REGISTERS=OUTPUT_REGISTERS, LOADER_REGISTERS=LOADER_REGISTERS[config.block_h],
         num_warps=4,

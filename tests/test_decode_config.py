@@ -163,6 +163,11 @@ def test_lists_are_shared_where_it_pays():
 
 def test_even_parts_are_known_for_what_they_are():
     even = divide(2, 32, Fp8DecodeConfig(block_h=16, num_groups=8))
-    assert even.is_one_piece and even.loads == {(8, 1)}
+    assert even.is_one_piece and even.even_blocks == 8
     uneven = divide(2, 33, Fp8DecodeConfig(block_h=16, num_groups=8))
-    assert not uneven.is_one_piece
+    assert not uneven.is_one_piece and uneven.even_blocks == 0
+    # one piece each, not of as many blocks
+    last_shorter = divide(1, 5, Fp8DecodeConfig(block_h=16, num_groups=2))
+    assert last_shorter.is_one_piece and last_shorter.even_blocks == 0
+    several = divide(4, 5, Fp8DecodeConfig(block_h=16, num_groups=2, shares_lists=False))
+    assert several.loads == {(10, 2)} and several.even_blocks == 0
